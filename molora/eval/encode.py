@@ -1,0 +1,214 @@
+"""Rows to token ids: what the model reads, which tokens carry loss, what is unknown or too long.
+
+Training and generation see the same boundary: the prompt is always tokenized alone, and the answer is what follows it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from molora.eval.tasks import TaskConfig, fill
+
+IGNORED = -100
+"""Label of a token without loss, as in torch's cross entropy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One row to score: ``choices`` is empty unless the task has choices; ``answer`` is then one of them."""
+
+    prompt: str
+    prompt_ids: list[int]
+    answer: str
+    answer_ids: list[int]
+    choices: tuple[str, ...] = ()
+    choice_ids: tuple[list[int], ...] = ()
+
+
+def encode_row(row: dict[str, Any], task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Encodes one row for training.
+
+    Returns:
+        ``input_ids`` and ``labels`` (the same length, tokens; -100 where no loss is taken) and ``num_unknown``, the
+        tokens that are the tokenizer's unknown symbol.
+    """
+    if task.messages is not None:
+        input_ids, labels = _encode_messages(row[task.messages], task, tokenizer)
+    else:
+        example = encode_example(row, task, tokenizer, with_choices=False)
+        input_ids = example.prompt_ids + example.answer_ids
+        labels = [IGNORED] * len(example.prompt_ids) + example.answer_ids
+    if task.loss == "all":
+        labels = list(input_ids)
+    return {"input_ids": input_ids, "labels": labels, "num_unknown": _num_unknown(input_ids, tokenizer)}
+
+
+def encode_example(
+    row: dict[str, Any], task: TaskConfig, tokenizer: PreTrainedTokenizerBase, *, with_choices: bool = True
+) -> Example:
+    """Encodes one row as a prompt and the answer that should follow, the end-of-sequence token included.
+
+    Args:
+        row: one row of the task.
+        task: the task.
+        tokenizer: the model's.
+        with_choices: encode the task's choices too; training needs only the answer.
+
+    Raises:
+        ValueError: the answer is none of the task's choices, or a conversation without a reply of the assistant.
+    """
+    if task.messages is not None:
+        return _encode_last_reply(row[task.messages], task, tokenizer)
+    assert task.prompt is not None and task.answer is not None
+    prompt, answer = fill(task.prompt, row), fill(task.answer, row)
+    prompt_ids = encode_prompt(prompt, tokenizer)
+    choices = {key: fill(text, row) for key, text in task.choice_map.items()}
+    if choices:
+        if answer not in choices:
+            raise ValueError(
+                f"task {task.name!r}: the answer {answer!r} is none of the choices {', '.join(map(repr, choices))}"
+            )
+        answer = choices[answer]
+    texts = tuple(choices.values()) if with_choices else ()
+    return Example(
+        prompt=prompt,
+        prompt_ids=prompt_ids,
+        answer=answer,
+        answer_ids=_continuation(prompt, prompt_ids, answer, tokenizer),
+        choices=texts,
+        choice_ids=tuple(_continuation(prompt, prompt_ids, choice, tokenizer) for choice in texts),
+    )
+
+
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text to continue, begin token included where the tokenizer adds one."""
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
+    # A post-processor that closes every text with the end token would close the prompt before its answer.
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def num_unknown(example: Example, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of prompt and answer that are the tokenizer's unknown symbol."""
+    return _num_unknown(example.prompt_ids + example.answer_ids, tokenizer)
+
+
+def _num_unknown(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    unknown = tokenizer.unk_token_id
+    # Tokenizers without an unknown symbol reuse the end token for it (GPT-2); those cannot meet an unknown character.
+    return 0 if unknown is None or unknown == tokenizer.eos_token_id else ids.count(unknown)
+
+
+def _continuation(prompt: str, prompt_ids: list[int], answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of ``answer`` after ``prompt``, closed by the end token.
+
+    The whole text is tokenized where the prompt's tokens are a prefix of it; where the tokenizer would merge across
+    the boundary, the answer is tokenized alone, because generation starts from the prompt's own tokens.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("the tokenizer has no end-of-sequence token, so an answer cannot end; set tokenizer.eos_token")
+    whole = tokenizer(prompt + answer, verbose=False)["input_ids"]
+    if whole[: len(prompt_ids)] == prompt_ids:
+        ids = whole[len(prompt_ids) :]
+    else:
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return ids if ids and ids[-1] == eos else [*ids, eos]
+
+
+def _check_messages(messages: Any, task: TaskConfig) -> list[dict[str, str]]:
+    ok = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    if not ok or not any(message["role"] == "assistant" for message in messages):
+        raise ValueError(
+            f"task {task.name!r}: column {task.messages!r} must hold a list of {{role, content}} with at least one "
+            f"reply of the role 'assistant', got {str(messages)[:200]}"
+        )
+    return messages
+
+
+def _chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, prompt: bool) -> list[int]:
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=prompt)[
+        "input_ids"
+    ]
+
+
+def _require_template(task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        raise ValueError(
+            f"task {task.name!r} uses messages, but the tokenizer has no chat template; use prompt and answer"
+        )
+    return template
+
+
+def _encode_messages(
+    messages: Any, task: TaskConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """A conversation by the chat template; the loss is on the assistant's replies.
+
+    The replies come from the template's own ``{% generation %}`` mask. A template without one is rendered turn by turn;
+    every shorter rendering must then be a prefix of the whole, or the replies cannot be located.
+    """
+    messages, template = _check_messages(messages, task), _require_template(task, tokenizer)
+    if re.search(r"\{%-?\s*generation", template):
+        out = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        mask = out["assistant_masks"]
+        return out["input_ids"], [
+            token if kept else IGNORED for token, kept in zip(out["input_ids"], mask, strict=True)
+        ]
+    input_ids = _chat_ids(messages, tokenizer, prompt=False)
+    labels = [IGNORED] * len(input_ids)
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start, stop = (
+            _chat_ids(messages[:turn], tokenizer, prompt=True),
+            _chat_ids(messages[: turn + 1], tokenizer, prompt=False),
+        )
+        if input_ids[: len(stop)] != stop or stop[: len(start)] != start:
+            raise ValueError(
+                f"task {task.name!r}: the chat template has no {{% generation %}} marks and rewrites earlier turns, so "
+                "the assistant's tokens cannot be located; add the marks to the template or set loss: all"
+            )
+        labels[len(start) : len(stop)] = stop[len(start) :]
+    return input_ids, labels
+
+
+def _encode_last_reply(messages: Any, task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> Example:
+    messages = _check_messages(messages, task)
+    _require_template(task, tokenizer)
+    last = max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
+    prompt_ids = _chat_ids(messages[:last], tokenizer, prompt=True)
+    answer = messages[last]["content"]
+    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return Example(prompt=tokenizer.decode(prompt_ids), prompt_ids=prompt_ids, answer=answer, answer_ids=answer_ids)
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> torch.Tensor:
+    """Pads to the longest row: (rows, longest) int64 on the CPU."""
+    longest = max(map(len, rows))
+    return torch.tensor(
+        [[value] * (longest - len(r)) + [*r] if left else [*r] + [value] * (longest - len(r)) for r in rows]
+    )
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Training rows to a batch, padded on the right to the longest row.
+
+    The value of padded ids is 0: the mask hides them and their label is -100, so no pad token is needed.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``labels``: (B, S) int64 on the CPU.
+    """
+    return {
+        "input_ids": pad([row["input_ids"] for row in rows], 0),
+        "attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0),
+        "labels": pad([row["labels"] for row in rows], IGNORED),
+    }

@@ -1,0 +1,96 @@
+"""Loads what a user names as MODEL: a base model, or a PEFT adapter on its base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_base(model: str, *, dtype: str = "auto", quantization: str | None = None) -> PreTrainedModel:
+    """Loads a base causal LM, on the accelerator if there is one.
+
+    Args:
+        model: a hub id or a local directory.
+        dtype: one of ``DTYPES``; ``"auto"``: that of the checkpoint.
+        quantization: ``None``, ``"nf4"`` or ``"int8"`` (bitsandbytes).
+
+    Raises:
+        FileNotFoundError: ``model`` looks like a path and is not there.
+    """
+    config = None
+    if quantization == "nf4":
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    elif quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return AutoModelForCausalLM.from_pretrained(
+        resolve(model),
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        quantization_config=config,
+        device_map={"": device} if config is not None or device.type != "cpu" else None,
+    )
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model or of an adapter directory that has one."""
+    return AutoTokenizer.from_pretrained(resolve(model))
+
+
+def resolve(model: str) -> str:
+    """A local directory as an absolute path, so that an adapter can name its base from anywhere; hub ids as they are.
+
+    Raises:
+        FileNotFoundError: a path (absolute, or with a leading dot, or with more than one slash) that is no directory.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise FileNotFoundError(f"no model directory {model!r}; give a directory with a config.json, or a hub id")
+    return model
+
+
+def adapter_base(model: str) -> str | None:
+    """The base that an adapter directory names; ``None`` if ``model`` is not an adapter directory."""
+    config = Path(model) / "adapter_config.json"
+    return json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config.is_file() else None
+
+
+def load_model(model: str, *, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads MODEL for inference, in eval mode.
+
+    Args:
+        model: an adapter directory, or a base model (hub id or directory).
+        base: for an adapter, the base to use instead of the one it names.
+
+    Raises:
+        FileNotFoundError: the model, or the base that an adapter names, is not there.
+        ValueError: ``base`` for a model that is no adapter.
+    """
+    named = adapter_base(model)
+    if named is None:
+        if base is not None:
+            raise ValueError(f"--base is for adapter directories, and {model!r} has no adapter_config.json; remove it")
+        return load_base(model).eval(), load_tokenizer(model)
+    from peft import PeftModel
+
+    base = base or named
+    try:
+        loaded = load_base(base)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the adapter {model!r} is for the base {base!r}, which is not here; give --base"
+        ) from error
+    has_tokenizer = (Path(model) / "tokenizer_config.json").is_file()
+    return PeftModel.from_pretrained(loaded, model).eval(), load_tokenizer(model if has_tokenizer else base)

@@ -1,0 +1,94 @@
+"""The results file ``molora.results/1``: what was run, on what, with which outcome."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = "molora.results/1"
+PACKAGES = ("molora", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
+
+
+def wilson(correct: int, n: int) -> list[float]:
+    """The 95 % Wilson score interval of a proportion, in [0, 1]; ``[0, 1]`` without data.
+
+    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+    """
+    if n == 0:
+        return [0.0, 1.0]
+    z, p = 1.959963984540054, correct / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def environment() -> dict[str, Any]:
+    """Commit of this code (``None`` outside a checkout, ``-dirty`` with local changes), package versions, machine."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "commit": _commit(),
+        "versions": versions,
+        "device": accelerator or f"{platform.machine()} cpu, {torch.get_num_threads()} threads",
+    }
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # A molora that lies inside site-packages of somebody's checkout is not at that checkout's commit.
+    if not git("ls-files", "--", Path(__file__).name):
+        return None
+    return f"{git('rev-parse', 'HEAD')}{'-dirty' if git('status', '--porcelain', '-uno') else ''}"
+
+
+def peak_memory_bytes() -> int:
+    """Peak of the accelerator's allocated memory, or of this process's resident memory on a CPU; bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def parameters(model: torch.nn.Module) -> dict[str, int]:
+    """Counts ``trainable`` parameters (those of the adapter), those of the ``base``, and the ``total``."""
+    total = sum(p.numel() for p in model.parameters())
+    adapter = sum(
+        p.numel() for name, p in model.named_parameters() if p.requires_grad or "molora_" in name or "lora_" in name
+    )
+    adapter = adapter if hasattr(model, "peft_config") else 0
+    return {"trainable": adapter, "base": total - adapter, "total": total}
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Writes JSON through a temporary file, so that a reader never sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,150 @@
+"""What the command line prints: tables on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.status import Status
+from rich.syntax import Syntax
+from rich.table import Table
+from transformers import TrainerCallback
+
+from molora.eval.results import parameters
+
+out = Console()
+err = Console(stderr=True)
+
+
+def quiet() -> None:
+    """One progress bar at a time: ours."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def status(text: str) -> Status:
+    """A spinner on standard error."""
+    return err.status(text)
+
+
+def progress() -> Progress:
+    """A bar per task on standard error, gone when done."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description}"), *columns, console=err, transient=True)
+
+
+def score_progress(bars: Progress) -> Callable[[str, int, int], None]:
+    """A progress function for :func:`molora.eval.suite.run_suite`: one bar per task."""
+    known: dict[str, Any] = {}
+
+    def advance(task: str, rows: int, total: int) -> None:
+        # A task that is scored again (before and after training) gets a new bar.
+        if task not in known or bars.tasks[known[task]].finished:
+            known[task] = bars.add_task(f"scoring {task}", total=total)
+        bars.update(known[task], advance=rows)
+
+    return advance
+
+
+class TrainingBar(TrainerCallback):
+    """Steps and the last logged loss."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = self.bars.add_task("training", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bars.update(self.bar, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bars.update(self.bar, description=f"training, loss {float(logs['loss']):.3f}")
+
+
+def yaml_text(text: str) -> Syntax:
+    """YAML in colour."""
+    return Syntax(text, "yaml", background_color="default", word_wrap=True)
+
+
+def _table(title: str, names: list[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(names[0])
+    for name in names[1:]:
+        table.add_column(name, justify="right")
+    return table
+
+
+def model_table(model: Any) -> Table:
+    """The adapter and its size."""
+    config, counts = model.peft_config["default"], parameters(model)
+    table = _table("model", ["", ""])
+    table.add_row("base", str(config.base_model_name_or_path))
+    for key in ("placement", "num_experts", "r", "lora_alpha"):
+        if hasattr(config, key):
+            table.add_row(key, str(getattr(config, key)))
+    table.add_row("sites", str(num_sites(model)))
+    table.add_row("trainable parameters", f"{counts['trainable']:,}")
+    table.add_row("base parameters", f"{counts['base']:,}")
+    return table
+
+
+def num_sites(model: Any) -> int:
+    """Modules that hold adapter weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return sum(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def data_table(reports: list[Any]) -> Table:
+    """What became of every task's rows (:class:`molora.train.mixing.TaskReport`)."""
+    names = ["task", "rows", "used", "too long", "no label", "unknown", "tokens", "labels", "share"]
+    table = _table("training data", names)
+    for r in reports:
+        counts = (r.rows, r.used, r.too_long, r.no_label, r.unknown_tokens)
+        table.add_row(r.name, *map(str, counts), *map(_short, (r.tokens, r.label_tokens)), f"{r.probability:.1%}")
+    return table
+
+
+def _short(count: int) -> str:
+    """``1234567`` as ``1.23 M``."""
+    if count < 1000:
+        return str(count)
+    return f"{count / 1e3:.3g} k" if count < 1e6 else f"{count / 1e6:.3g} M" if count < 1e9 else f"{count / 1e9:.3g} B"
+
+
+def score_table(tasks: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
+    """Scores with their 95 % intervals; ``before``: those before training, side by side."""
+    names = [
+        "task",
+        "metric",
+        "n",
+        *(["before"] if before else []),
+        "score",
+        "95 % interval",
+        "majority",
+        "too long",
+        "unknown",
+    ]
+    table = _table("scores", names)
+    for name, entry in tasks.items():
+        low, high = entry["interval"]
+        was = [f"{before[name]['value']:.1%}"] if before else []
+        table.add_row(
+            name,
+            entry["metric"],
+            str(entry["n"]),
+            *was,
+            f"{entry['value']:.1%}",
+            f"{low:.1%} to {high:.1%}",
+            f"{entry['majority']:.1%}",
+            str(entry["skipped_too_long"]),
+            str(entry["unknown_tokens"]),
+        )
+    return table

@@ -1,0 +1,1 @@
+"""Recipes, mixing, the training run and its checkpoints."""

@@ -1,0 +1,59 @@
+"""Checkpoints that are whole or absent."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+PARTIAL = ".partial"
+"""Directory inside output_dir for what is being written; the search for ``checkpoint-*`` does not look into it."""
+
+
+class AtomicTrainer(Trainer):
+    """The Trainer, except that a checkpoint appears under its name only when it is complete.
+
+    The parent writes into ``output_dir/.partial``; the finished directory is then renamed, which is atomic on one file
+    system, and only then old checkpoints are deleted. A process killed while it saves leaves the previous checkpoint.
+    """
+
+    _partial: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._partial) if self._partial is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(super()._get_output_dir(trial))
+        self._partial = run_dir / PARTIAL
+        if self.args.should_save:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            partial, self._partial = self._partial, None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            for written in partial.iterdir():
+                shutil.rmtree(run_dir / written.name, ignore_errors=True)
+                written.rename(run_dir / written.name)
+            partial.rmdir()
+            rotate_checkpoints(output_dir=str(run_dir), save_total_limit=self.args.save_total_limit, use_mtime=True)
+
+    def save_final(self) -> None:
+        """Saves the model into ``output_dir``, file by file through ``.partial``."""
+        run_dir = Path(self.args.output_dir)
+        partial = run_dir / PARTIAL
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(partial), _internal_call=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            for written in partial.iterdir():
+                written.replace(run_dir / written.name)
+            partial.rmdir()

@@ -1,0 +1,194 @@
+"""The recipe: one YAML file, read downwards, that says everything about a training run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from molora.eval.strict import apply_overrides, build, read_yaml
+from molora.eval.suite import Suite
+from molora.eval.tasks import TaskConfig
+from molora.suggest import unknown_key_message
+
+SCHEMA = "molora.recipe/1"
+
+# Set by molora, or served by another section; a setting that would be ignored is an error.
+REFUSED_TRAINING_KEYS = {
+    "eval_strategy": "use the evaluation section",
+    "load_best_model_at_end": "there is no evaluation inside the loop to choose by; use the evaluation section",
+    "metric_for_best_model": "there is no evaluation inside the loop to choose by; use the evaluation section",
+    "resume_from_checkpoint": "use --resume",
+    "remove_unused_columns": "molora's collator needs every column it is given",
+    "push_to_hub": "push the saved adapter with PeftModel.push_to_hub",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseConfig:
+    """The frozen base model."""
+
+    model: str
+    """Hub id or local directory."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["nf4", "int8"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixingConfig:
+    """How often each task is drawn: p(task) ~ weight * size^(1 / temperature)."""
+
+    strategy: Literal["proportional", "temperature", "weights"] = "proportional"
+    """``proportional``: temperature 1. ``weights``: infinite temperature, only the weights count."""
+    temperature: float | None = None
+    """Above 0; required by ``temperature``, refused by the others."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.strategy == "temperature") != (self.temperature is not None):
+            raise ValueError(
+                f"mixing: strategy {self.strategy!r} with temperature={self.temperature}; a temperature goes with "
+                "strategy 'temperature' and with no other"
+            )
+        if self.temperature is not None and self.temperature <= 0:
+            raise ValueError(f"mixing: temperature={self.temperature} must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceConfig:
+    """How long an example may be."""
+
+    max_length: int | None = None
+    """Tokens; ``None``: the model's context."""
+    packing: bool = False
+    too_long: Literal["report", "error", "truncate"] = "report"
+    """``report``: leave out and count. ``truncate``: cut the end and count."""
+
+    def __post_init__(self) -> None:
+        if self.packing:
+            raise ValueError(
+                "sequence: packing is not implemented; set packing: false, batches are padded to their longest row"
+            )
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"sequence: max_length={self.max_length} must be at least 2 tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """When the tasks' eval parts are scored."""
+
+    before: bool = True
+    after: bool = True
+    batch_size: int = 32
+    """Rows per forward."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A whole training run. Exactly one of ``mixture`` and ``lora`` says what is trained."""
+
+    schema: Literal["molora.recipe/1"]
+    base: BaseConfig
+    mixture: dict[str, Any] | None = None
+    """Keys of MoloraConfig."""
+    lora: dict[str, Any] | None = None
+    """Keys of peft.LoraConfig: the one-LoRA baseline, trained by the same loop on the same data."""
+    tasks: list[TaskConfig]
+    mixing: MixingConfig = MixingConfig()
+    sequence: SequenceConfig = SequenceConfig()
+    training: dict[str, Any]
+    """Keys of transformers.TrainingArguments."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self) -> None:
+        if (self.mixture is None) == (self.lora is None):
+            raise ValueError("recipe: give exactly one of the sections mixture and lora")
+        if not self.tasks:
+            raise ValueError("recipe: tasks is empty; add at least one task")
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"recipe: two tasks have the same name (tasks: {', '.join(names)}); rename one")
+        if "output_dir" not in self.training:
+            raise ValueError(
+                "recipe.training lacks the key output_dir; add the directory for checkpoints and the adapter"
+            )
+        for key in self.training:
+            if key in REFUSED_TRAINING_KEYS:
+                raise ValueError(f"recipe.training.{key} is not for a recipe: {REFUSED_TRAINING_KEYS[key]}; remove it")
+            if key not in _training_keys():
+                raise ValueError(unknown_key_message("recipe.training", key, _training_keys()))
+        adapter_config(self)
+
+    @property
+    def output_dir(self) -> Path:
+        """Where checkpoints, the adapter and the results go."""
+        return Path(self.training["output_dir"])
+
+    @property
+    def suite(self) -> Suite | None:
+        """The tasks' eval parts; ``None`` without any."""
+        if not any(task.eval for task in self.tasks):
+            return None
+        return Suite(tasks=self.tasks, max_length=self.sequence.max_length, batch_size=self.evaluation.batch_size)
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe, applies ``key.sub=value`` overrides, and checks every key at every depth.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: one sentence that names the section, the key, and the nearest valid key.
+    """
+    return build(Recipe, apply_overrides(read_yaml(path), overrides or []), "recipe")
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that reads back to the same recipe; keys at their default ``None`` are left out."""
+
+    def without_none(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without_none(item) for key, item in value.items() if item is not None}
+        return [without_none(item) for item in value] if isinstance(value, list) else value
+
+    return yaml.safe_dump(without_none(asdict(recipe)), sort_keys=False, allow_unicode=True, width=120)
+
+
+def adapter_config(recipe: Recipe) -> Any:
+    """The PEFT config that the recipe's ``mixture`` or ``lora`` section names; a new object at each call.
+
+    Raises:
+        ValueError: a key that the config does not have.
+    """
+    if recipe.mixture is not None:
+        return mixture_config(recipe.mixture)
+    from peft import LoraConfig
+
+    assert recipe.lora is not None
+    keys = {field.name for field in fields(LoraConfig) if field.init}
+    for key in recipe.lora:
+        if key not in keys:
+            raise ValueError(unknown_key_message("recipe.lora", key, keys))
+    return LoraConfig(**{"task_type": "CAUSAL_LM"} | recipe.lora)
+
+
+def mixture_config(keys: dict[str, Any]) -> Any:
+    """A MoloraConfig from the keys of a recipe's mixture section or of ``molora convert``.
+
+    Raises:
+        ValueError: a key that MoloraConfig does not have, at any depth.
+    """
+    if "preset" in keys:
+        raise ValueError("mixture.preset: this version has no presets; write the keys of MoloraConfig instead")
+    from molora import MoloraConfig
+
+    return MoloraConfig(**{"task_type": "CAUSAL_LM"} | keys)
+
+
+@cache
+def _training_keys() -> frozenset[str]:
+    from transformers import TrainingArguments
+
+    return frozenset(field.name for field in fields(TrainingArguments) if field.init)

@@ -1,0 +1,216 @@
+"""The ``molora`` command. Heavy imports live inside the commands, so that ``molora --help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings; nested keys with dots, values as in YAML."),
+]
+
+
+def _examples(*lines: str) -> str:
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]{line}[/cyan]" for line in lines)
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Turn a dense Hugging Face causal LM into a mixture of LoRA experts, tune it, evaluate it, use it."""
+
+
+@app.command(
+    epilog=_examples(
+        "molora convert meta-llama/Llama-3.2-1B out num_experts=8 r=16",
+        "molora convert ./base out placement=ffn router.top_k=1 --overwrite",
+    )
+)
+def convert(
+    base: Annotated[str, typer.Argument(help="Base model: hub id or directory.")],
+    out: Annotated[Path, typer.Argument(help="Directory for the adapter.")],
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a directory that is not empty.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights.")] = 0,
+) -> None:
+    """Make a fresh mixture on a base model and save it as a PEFT adapter directory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise ValueError(f"{out} exists and is not empty; pass --overwrite or choose another directory")
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    from molora.eval import terminal
+    from molora.eval.models import load_base, load_tokenizer
+    from molora.eval.strict import apply_overrides
+    from molora.train.recipe import mixture_config
+
+    config = mixture_config(apply_overrides({}, overrides or []))
+    with terminal.status("loading the base"):
+        tokenizer, model = load_tokenizer(base), load_base(base)
+    set_seed(seed)
+    model = get_peft_model(model, config)
+    model.save_pretrained(str(out))
+    tokenizer.save_pretrained(str(out))
+    terminal.out.print(terminal.model_table(model))
+
+
+@app.command(
+    epilog=_examples(
+        "molora train recipes/two_tasks.yaml",
+        "molora train recipes/two_tasks.yaml training.max_steps=50 training.output_dir=runs/short",
+    )
+)
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in training.output_dir from its last whole checkpoint.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the recipe, count the data, show the model; train nothing.")
+    ] = False,
+) -> None:
+    """Train what a recipe describes; score its tasks before and after."""
+    from molora.eval import terminal
+    from molora.train.recipe import read_recipe, recipe_yaml
+
+    resolved = read_recipe(recipe, overrides)
+    terminal.err.print(terminal.yaml_text(recipe_yaml(resolved)))
+    from molora.train.run import prepare, train
+
+    def show(model: Any, reports: Any) -> None:
+        terminal.out.print(terminal.data_table(reports))
+        terminal.out.print(terminal.model_table(model))
+
+    terminal.quiet()
+    if dry_run:
+        model, _, _, reports = prepare(resolved)
+        return show(model, reports)
+    with terminal.progress() as progress:
+        results = train(
+            resolved,
+            resume=resume,
+            show_reports=show,
+            callbacks=[terminal.TrainingBar(progress)],
+            score_progress=terminal.score_progress(progress),
+        )
+    if results["tasks"]:
+        terminal.out.print(terminal.score_table(results["tasks"], (results["before"] or {}).get("tasks")))
+    terminal.out.print(f"adapter and results.json in {resolved.output_dir}", highlight=False, soft_wrap=True)
+    return None
+
+
+@app.command(
+    epilog=_examples(
+        "molora eval runs/two_tasks",
+        "molora eval ./base --suite recipes/two_tasks.yaml --out base.json",
+    )
+)
+def eval(  # noqa: A001  (the command's name)
+    model: Annotated[str, typer.Argument(help="Adapter directory, or a base model (hub id or directory).")],
+    suite: Annotated[
+        list[Path] | None,
+        typer.Option(help="Suite or recipe file; may be given again. Default: the recipe that trained MODEL."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Results as JSON; predictions go beside it as .jsonl.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base to use instead of the one that the adapter names.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows per forward, instead of the suite's.")] = None,
+) -> None:
+    """Score a model: exact match of greedy generations, likelihood of choices."""
+    from dataclasses import replace
+
+    from molora.eval.suite import merge_suites, read_suite
+
+    files = suite or [Path(model) / "recipe.yaml"]
+    if not suite and not files[0].is_file():
+        raise ValueError(f"{model!r} holds no recipe.yaml that names its tasks; pass --suite FILE")
+    tasks = merge_suites([read_suite(file) for file in files])
+    if batch_size is not None:
+        tasks = replace(tasks, batch_size=batch_size)
+    import molora  # noqa: F401  (registers the PEFT method)
+    from molora.eval import terminal
+    from molora.eval.models import load_model
+    from molora.eval.results import write_json
+    from molora.eval.suite import run_suite
+
+    terminal.quiet()
+    with terminal.status("loading the model"):
+        loaded, tokenizer = load_model(model, base=base)
+    with terminal.progress() as progress:
+        results = run_suite(
+            loaded,
+            tokenizer,
+            tasks,
+            name=model,
+            predictions_path=out.with_suffix(".jsonl") if out else None,
+            progress=terminal.score_progress(progress),
+        )
+    if out:
+        write_json(out, results)
+    terminal.out.print(terminal.score_table(results["tasks"]))
+
+
+@app.command(
+    epilog=_examples(
+        'molora generate runs/two_tasks "IN: jump twice OUT:"',
+        'molora generate ./base "Once upon a time" --max-new-tokens 50',
+    )
+)
+def generate(
+    model: Annotated[str, typer.Argument(help="Adapter directory, or a base model (hub id or directory).")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed for a temperature above 0.")] = 0,
+    base: Annotated[str | None, typer.Option(help="Base to use instead of the one that the adapter names.")] = None,
+) -> None:
+    """Continue a prompt; the text streams to standard output."""
+    import molora  # noqa: F401  (registers the PEFT method)
+    from molora.eval import terminal
+    from molora.eval.generate import stream
+    from molora.eval.models import load_model
+
+    terminal.quiet()
+    with terminal.status("loading the model"):
+        loaded, tokenizer = load_model(model, base=base)
+    stream(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+
+def main() -> None:
+    """Runs the command line; what the user can mend ends in one red sentence on standard error and exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError) as error:
+        if "--debug" in sys.argv[1:2] or not _is_for_user(error):
+            raise
+        from rich.console import Console
+
+        text = " ".join(str(error).split()) or type(error).__name__
+        Console(stderr=True).print(f"error: {text}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _is_for_user(error: Exception) -> bool:
+    """Whether the message is meant for the user: a file, or raised by code that checks what the user gave."""
+    if isinstance(error, OSError):
+        return True
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next is not None:
+        frames = frames.tb_next
+    module = frames.tb_frame.f_globals.get("__name__", "") if frames is not None else ""
+    return module.partition(".")[0] in {"molora", "molora_cli", "peft", "transformers", "datasets", "huggingface_hub"}
+
+
+if __name__ == "__main__":
+    main()
