@@ -1,0 +1,55 @@
+"""The stacked parameters of LoRA experts: shapes and initial values.
+
+A is (E, R, D), or (1, R, D) where experts share it, and B is (E, R, O): both flatten to (E*R, .) without a copy, rank j is
+row j of both, and expert e is a PEFT LoRA's ``lora_A.weight`` (A[e]) and ``lora_B.weight`` (B[e] transposed).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class StackedWeight(nn.Module):
+    """One parameter in a module of its own, which returns it when called.
+
+    A module, so that what hooks modules finds it (accelerate's offload, DeepSpeed ZeRO-3), and flat, so that its key ends
+    in ``<container>.<adapter>.weight`` and survives PEFT's handling of adapter names.
+    """
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+def make_experts(
+    num_experts: int, r: int, in_features: int, out_features: int, share_A: bool, init: bool | str
+) -> tuple[StackedWeight, StackedWeight]:
+    """New A and B on the default device and dtype.
+
+    Args:
+        init: True: A uniform in ±1/sqrt(D) (PEFT's kaiming with a = sqrt(5)), B zero; "gaussian": A normal with standard
+            deviation 1/r, B zero; False: A as with True, B uniform in ±1/sqrt(R).
+    """
+    A = StackedWeight(1 if share_A else num_experts, r, in_features)
+    B = StackedWeight(num_experts, r, out_features)
+    if init == "gaussian":
+        nn.init.normal_(A.weight, std=1 / r)
+    else:
+        bound = 1 / math.sqrt(in_features)
+        nn.init.uniform_(A.weight, -bound, bound)
+    if init is False:
+        nn.init.uniform_(B.weight, -1 / math.sqrt(r), 1 / math.sqrt(r))
+    else:
+        nn.init.zeros_(B.weight)
+    return A, B
+
+
+def scaling_factor(alpha: float, r: int, use_rslora: bool) -> float:
+    """lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised scaling."""
+    return alpha / math.sqrt(r) if use_rslora else alpha / r

@@ -1,0 +1,238 @@
+"""An FFN block whose experts are whole FFNs: recognised by structure, confirmed by a numeric probe, mixed with one
+down-projection (MixLoRA, arXiv 2404.15159, section 3.2)."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from molora.context import Runtime
+from molora.kernels import select
+from molora.kernels.reference import combine
+from molora.layers import MixtureSpec, MoloraLayer, linear_features, owns_output
+
+_BARE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (functional.silu, functional.gelu, functional.relu)
+
+
+@dataclass(frozen=True)
+class FFNStructure:
+    """How to take an FFN module apart; the strings are names of its attributes.
+
+    ``down(act(gate(x)) * up(x))`` (gated), the same with one linear for gate and up (fused), or ``down(act(up(x)))``.
+
+    Attributes:
+        parts: the linears, each with the part it plays: "gate", "up", "gate_up" or "down".
+        act: attribute name of the activation, or the function itself where the module calls it by name.
+        up_first: in a fused gate-up, whether the first half of the output is up.
+        dropout: the dropout after the down-projection, if there is one.
+    """
+
+    parts: tuple[tuple[str, str], ...]
+    act: str | Callable[[Tensor], Tensor]
+    up_first: bool = False
+    dropout: str | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        return dict(self.parts)
+
+    def activation(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        return getattr(module, self.act) if isinstance(self.act, str) else self.act
+
+    def split(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Pre-activations (gate, up) or (up,) from the outputs of the linears before the activation."""
+        if "gate_up" not in self.names:
+            return outputs
+        halves = list(outputs[0].chunk(2, dim=-1))
+        return halves[::-1] if self.up_first else halves
+
+    def pre_activations(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+        return self.split([getattr(module, name)(x) for part, name in self.parts if part != "down"])
+
+    def run(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The FFN by its parts; equals ``module(x)`` where the structure is right."""
+        out: Tensor = getattr(module, self.names["down"])(combine(self.pre_activations(module, x), self.activation(module)))
+        return getattr(module, self.dropout)(out) if self.dropout else out
+
+
+def _candidates(module: nn.Module) -> Iterator[FFNStructure]:
+    """Every way in which the direct children of `module` could be an FFN, by the shapes of its linears."""
+    linears = {n: f for n, m in module.named_children() if (f := linear_features(m)) is not None}
+    if len(linears) not in (2, 3) or "Attention" in type(module).__name__:
+        return
+    others = {n: m for n, m in module.named_children() if n not in linears}
+    dropouts = [n for n, m in others.items() if isinstance(m, nn.Dropout)]
+    acts: list[str | Callable[[Tensor], Tensor]] = [
+        n for n, m in others.items() if n not in dropouts and not any(True for _ in m.parameters())
+    ]
+    acts += [n for n, v in vars(module).items() if callable(v) and not n.startswith("_") and n != "forward"]
+    acts += _BARE_ACTIVATIONS
+    # Guesses in the order of forward's own reading: gate before up, dropout last.
+    for order in itertools.permutations(linears):
+        (d_in, width), (f_in, d_out) = linears[order[0]], linears[order[-1]]
+        if d_in != d_out or linears[order[-2]] != (d_in, width):
+            continue
+        if len(order) == 3 and f_in == width:
+            layouts = [(tuple(zip(("gate", "up", "down"), order, strict=True)), False)]
+        elif len(order) == 2 and width == 2 * f_in:
+            layouts = [((("gate_up", order[0]), ("down", order[1])), up_first) for up_first in (False, True)]
+        elif len(order) == 2 and width == f_in:
+            layouts = [((("up", order[0]), ("down", order[1])), False)]
+        else:
+            continue
+        for (parts, up_first), act in itertools.product(layouts, acts):
+            yield FFNStructure(parts, act, up_first, dropouts[-1] if dropouts else None)
+
+
+def looks_like_ffn(module: nn.Module) -> bool:
+    """Whether the linears among the direct children have the shapes of an FFN."""
+    return not isinstance(module, BaseTunerLayer) and next(_candidates(module), None) is not None
+
+
+@torch.no_grad()
+def probe_ffn(module: nn.Module) -> FFNStructure:
+    """Finds the structure whose decomposition equals the module's own output on random inputs.
+
+    The inputs span magnitudes, so that a clamp shows; dropout is on with the same random numbers on both sides, so that
+    its place is checked too. A module without data (meta device) is probed as a copy with random weights.
+
+    Raises:
+        ValueError: it has the linears of an FFN but computes something else; says what was tried.
+    """
+    module = _with_data(module)
+    name = next(n for n, m in module.named_children() if linear_features(m))
+    first = getattr(module, name)
+    reference = next(p for p in first.parameters() if p.is_floating_point())
+    scales = torch.tensor([1.0, 16.0, 256.0] if reference.dtype == torch.float16 else [1.0, 100.0, 1e4])
+    generator = torch.Generator().manual_seed(0)
+    candidates = list(_candidates(module))
+    features = linear_features(getattr(module, candidates[0].parts[0][1]))
+    assert features is not None
+    x = torch.randn(1, 6, features[0], generator=generator) * scales.repeat(2)[None, :, None]
+    x = x.to(reference.device, reference.dtype)
+    training = module.training
+    try:
+        module.train()
+        want = _seeded(lambda: module(x))
+        if isinstance(want, Tensor):
+            for structure in candidates:
+                got = _seeded(lambda structure=structure: structure.run(module, x))
+                if got.shape == want.shape and _equal(got, want):
+                    return structure
+    except TypeError as error:
+        raise ValueError(f"its forward does not take one hidden state ({error})") from None
+    finally:
+        module.train(training)
+    raise ValueError("its output is not down(act(gate(x)) * up(x)) nor down(act(up(x))) of its own parts")
+
+
+def _equal(got: Tensor, want: Tensor) -> bool:
+    """Row by row, since the rows differ in magnitude by orders: within rounding of the row's largest entry."""
+    tolerance = 32 * torch.finfo(want.dtype).eps
+    error = (got.double() - want.double()).abs().amax(-1)
+    return bool((error <= tolerance * want.double().abs().amax(-1)).all()) and bool(want.isfinite().all())
+
+
+def _seeded(run: Callable[[], Any]) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return run()
+
+
+def _with_data(module: nn.Module) -> nn.Module:
+    weights = list(module.parameters())
+    if not any(p.is_meta for p in weights) or any(hasattr(m, "_hf_hook") for m in module.modules()):
+        return module
+    module = copy.deepcopy(module).to_empty(device="cpu")
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.02)
+    return module
+
+
+class MixedFFN(MoloraLayer):
+    """A frozen FFN with a mixture of FFN experts, each a LoRA on every adapted projection.
+
+    Args:
+        base_layer: the FFN module; it stays whole and runs as it is while adapters are disabled.
+        structure: how to take it apart, from `probe_ffn`.
+    """
+
+    def __init__(self, base_layer: nn.Module, structure: FFNStructure, runtime: Runtime) -> None:
+        super().__init__(base_layer, runtime, tuple(f"_{part}" for part, _ in structure.parts))
+        self.structure = structure
+
+    def update_layer(
+        self, adapter: str, specs: dict[str, MixtureSpec], name: str, inference_mode: bool
+    ) -> None:
+        """Adds an adapter; `specs` holds the projections it takes, by the name of their module."""
+        for part, child in self.structure.parts:
+            features = linear_features(getattr(self.get_base_layer(), child))
+            assert features is not None
+            if part != "down":
+                hidden_size = features[0]
+            if child in specs:
+                self.add_part(adapter, f"_{part}", features, specs[child])
+        self.add_router(adapter, hidden_size, next(iter(specs.values())), name)
+        self.finish(adapter, inference_mode)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        return super()._get_base_layer_device_and_dtype(_innermost(getattr(base_layer, self.structure.parts[0][1])))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = [a for a in self.active_adapters if a in self.molora_specs]
+        if self._disable_adapters or not active:
+            return self.base_layer(x, *args, **kwargs)
+        if len(active) > 1:
+            raise ValueError(f"an FFN mixture takes one active adapter, got {active}; activate one with set_adapter()")
+        adapter = active[0]
+        structure, base = self.structure, self.base_layer
+        routing = self.route(adapter, x)
+        tokens = x.flatten(0, -2)
+        pre = [p.flatten(0, -2) for p in structure.pre_activations(base, x)]
+        experts = {part: self.experts(adapter, f"_{part}") for part in structure.names}
+        ups = [experts["gate"], experts["up"]] if "gate" in experts else [experts.get("up")]
+        if "gate_up" in experts:
+            ups = [None, None]
+            if (fused := experts["gate_up"]) is not None:
+                halves = structure.split([fused.B])
+                ups = [fused._replace(B=half) for half in halves]
+        dropped = self._dropped(adapter, tokens)
+        hidden, ranks = select.mixture_ffn(
+            self.molora_runtime.kernel,
+            dropped,
+            pre,
+            routing.gates,
+            routing.topk_ids,
+            ups,
+            experts["down"],
+            structure.activation(base),
+            residual=routing.sums_to_one,
+        )
+        down = getattr(base, structure.names["down"])
+        hidden = hidden.view(*x.shape[:-1], -1)
+        out: Tensor = down(hidden)
+        if not routing.sums_to_one and getattr(down, "bias", None) is not None:
+            # The frozen FFN is scaled by the sum of the gates, and its bias with it.
+            excess = (routing.gates.sum(1) - 1).view(*x.shape[:-1], 1)
+            out = out + (excess * down.bias).to(out.dtype)
+        if (p := experts["down"]) is not None and ranks is not None:
+            flat = out.view(-1, out.shape[-1]) if out.is_contiguous() else out.flatten(0, -2)
+            B = p.cat(out.dtype)[1]
+            out = torch.addmm(flat, ranks.to(out.dtype), B).view_as(out)
+        return getattr(base, structure.dropout)(out) if structure.dropout else out
+
+    def _dropped(self, adapter: str, tokens: Tensor) -> Tensor:
+        p = max(spec.lora_dropout for spec in self.molora_specs[adapter].values())
+        return functional.dropout(tokens, p, self.training) if p else tokens
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

@@ -1,0 +1,242 @@
+"""A frozen linear with a mixture of LoRA experts (or one ungated LoRA) added to its output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from molora.aux_loss import attach
+from molora.context import Runtime, Site
+from molora.experts import make_experts, scaling_factor
+from molora.kernels import select
+from molora.kernels.reference import Projection
+from molora.routers import RouterConfig, Routing
+
+NOT_MERGEABLE = (
+    "a mixture cannot be merged into the base, because its gates differ from token to token; export the adapter itself "
+    "with save_pretrained(), or call unload() to get the untouched base back"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureSpec:
+    """What one adapter puts on one module.
+
+    Attributes:
+        router: None for an ungated LoRA, which has one expert.
+    """
+
+    num_experts: int
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+    share_A: bool
+    init_lora_weights: bool | str
+    router: RouterConfig | None
+
+    @property
+    def scaling(self) -> float:
+        return scaling_factor(self.lora_alpha, self.r, self.use_rslora)
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a linear that can carry experts, seen through adapters; None for anything else."""
+    while isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
+
+
+class SharedRouting:
+    """The routing of linears that read the same input, computed by the first and used by all of them.
+
+    Kept only while one input passes through the block: cleared with the last member, and with each forward.
+    """
+
+    def __init__(self) -> None:
+        self.owner: MoloraLayer | None = None
+        self.members = 0
+        self.clear()
+
+    def clear(self) -> None:
+        self.x: Tensor | None = None
+        self.routing: Routing | None = None
+        self.uses = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "x": None, "routing": None, "uses": 0}
+
+    def get(self, adapter: str, x: Tensor) -> Routing:
+        """The routing of `x`, computed once for all members that pass the same tensor."""
+        if self.x is not x or self.routing is None:
+            assert self.owner is not None
+            self.routing, self.x, self.uses = self.owner.route(adapter, x), x, 0
+        routing = self.routing
+        self.uses += 1
+        if self.uses >= self.members:
+            self.clear()
+        return routing
+
+
+class MoloraLayer(nn.Module, BaseTunerLayer):
+    """What a mixed linear and a mixed FFN have in common: adapters by name, routing, PEFT's bookkeeping."""
+
+    other_param_names: tuple[str, ...] = ("molora_specs",)
+
+    def __init__(self, base_layer: nn.Module, runtime: Runtime, parts: tuple[str, ...]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.molora_runtime = runtime
+        self.molora_specs: dict[str, dict[str, MixtureSpec]] = {}
+        self.molora_sites: dict[str, int] = {}
+        self.molora_shared: dict[str, SharedRouting] = {}
+        self.molora_router = nn.ModuleDict()
+        self.parts = parts
+        for part in parts:
+            for matrix in "AB":
+                setattr(self, f"molora_{matrix}{part}", nn.ModuleDict())
+        self.adapter_layer_names = (*(f"molora_{m}{p}" for p in parts for m in "AB"), "molora_router")
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def add_part(self, adapter: str, part: str, features: tuple[int, int], spec: MixtureSpec) -> None:
+        """Puts new experts of `adapter` on one projection."""
+        A, B = make_experts(spec.num_experts, spec.r, *features, spec.share_A, spec.init_lora_weights)
+        getattr(self, f"molora_A{part}")[adapter] = A
+        getattr(self, f"molora_B{part}")[adapter] = B
+        self.molora_specs.setdefault(adapter, {})[part] = spec
+
+    def add_router(self, adapter: str, in_features: int, spec: MixtureSpec, name: str) -> None:
+        """Gives `adapter` a router of its own here; `name` is what reports call it."""
+        assert spec.router is not None
+        self.molora_router[adapter] = spec.router.build(in_features, spec.num_experts)
+        self.molora_sites[adapter] = len(self.molora_runtime.sites)
+        self.molora_runtime.sites.append(Site(name, adapter, spec.router))
+
+    def finish(self, adapter: str, inference_mode: bool) -> None:
+        """After the parts of an adapter are in place: device, dtype, trainability."""
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def route(self, adapter: str, x: Tensor) -> Routing:
+        """The routing of x (..., D) by this layer's router; in training with the router losses on its gates."""
+        runtime = self.molora_runtime
+        tokens = x.flatten(0, -2)
+        mask = None
+        if self.training:
+            mask = runtime.current_mask()
+            if mask is not None and mask.shape[0] != tokens.shape[0]:
+                site = runtime.sites[self.molora_sites[adapter]].name
+                raise ValueError(
+                    f"{site} got {tokens.shape[0]} tokens but the attention mask has {mask.shape[0]}; pass the mask of "
+                    "these tokens, or none if all of them count"
+                )
+            mask = mask if mask is None else mask.to(x.device)
+        routing: Routing = self.molora_router[adapter](tokens, mask, with_stats=self.training)
+        if routing.stats is not None:
+            gates = attach(runtime, self.molora_sites[adapter], routing.gates, routing.stats)
+            routing = routing._replace(gates=gates)
+        return routing
+
+    def experts(self, adapter: str, part: str) -> Projection | None:
+        """The expert parameters of one projection, or None where the adapter leaves it alone."""
+        spec = self.molora_specs[adapter].get(part)
+        if spec is None:
+            return None
+        A: Tensor = getattr(self, f"molora_A{part}")[adapter]()
+        B: Tensor = getattr(self, f"molora_B{part}")[adapter]()
+        return Projection(A, B, spec.scaling)
+
+    def draw_dropout(self, adapter: str, part: str) -> dict[str, Any]:
+        """Probability and seed of this forward's dropout mask; the seed comes from torch's own CPU generator, so that
+        activation checkpointing, which restores that, makes the same mask again."""
+        p = self.molora_specs[adapter][part].lora_dropout
+        if not (self.training and p):
+            return {}
+        return {"dropout": p, "seed": int(torch.randint(2**62, (), dtype=torch.int64))}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.molora_sites.pop(adapter_name, None)
+        self.molora_shared.pop(adapter_name, None)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(NOT_MERGEABLE)
+
+    def unmerge(self) -> None:
+        raise NotImplementedError(NOT_MERGEABLE)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+
+class MixedLinear(MoloraLayer):
+    """``y = W x + scaling * (G(x) . (x Acat^T)) Bcat`` for each active adapter (design section 1).
+
+    Args:
+        base_layer: nn.Linear, transformers' Conv1D, or a quantised subclass of nn.Linear.
+    """
+
+    def __init__(self, base_layer: nn.Module, runtime: Runtime) -> None:
+        super().__init__(base_layer, runtime, ("",))
+
+    def update_layer(
+        self, adapter: str, spec: MixtureSpec, name: str, shared: SharedRouting | None, inference_mode: bool
+    ) -> None:
+        """Adds an adapter; `shared` where the linear is one of a block."""
+        features = linear_features(self.base_layer)
+        assert features is not None
+        self.add_part(adapter, "", features, spec)
+        if shared is not None:
+            self.molora_shared[adapter] = shared
+            shared.members += 1
+        if spec.router is not None and (shared is None or shared.owner is None):
+            self.add_router(adapter, features[0], spec, name)
+            if shared is not None:
+                shared.owner = self
+        self.finish(adapter, inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = self.base_layer(x, *args, **kwargs)
+        if self._disable_adapters:
+            return out
+        for adapter in self.active_adapters:
+            if adapter not in self.molora_specs:
+                continue
+            experts = self.experts(adapter, "")
+            assert experts is not None
+            gates = None
+            if self.molora_specs[adapter][""].router is not None:
+                shared = self.molora_shared.get(adapter)
+                gates = (self.route(adapter, x) if shared is None else shared.get(adapter, x)).gates
+            out = select.mixture_linear(
+                self.molora_runtime.kernel,
+                x,
+                gates,
+                experts,
+                out,
+                inplace=owns_output(self.base_layer, x, out),
+                **self.draw_dropout(adapter, ""),
+            )
+        return out
+
+
+def owns_output(base_layer: nn.Module, x: Tensor, out: Tensor) -> bool:
+    """Whether the output of a base linear is provably a fresh tensor that nobody else holds, so that the expand may add
+    into it. Subclasses (quantised linears return views), hooks (they may keep the output) and aliases forbid it."""
+    return (
+        type(base_layer) in (nn.Linear, Conv1D)
+        and not base_layer._forward_hooks
+        and not hasattr(base_layer, "_hf_hook")
+        and out is not x
+        and out._base is None
+        and out.is_contiguous()
+        and not (out.is_leaf and out.requires_grad)
+    )

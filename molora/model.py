@@ -1,0 +1,139 @@
+"""MoloraModel: the PEFT tuner. Finds the modules a config names, replaces them, and says clearly when it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from molora.config import MoloraConfig
+from molora.context import Runtime, aux_weight
+from molora.ffn import MixedFFN
+from molora.integrations import peft as peft_integration
+from molora.kernels import select
+from molora.layers import NOT_MERGEABLE, MixedLinear, MoloraLayer, SharedRouting
+from molora.plan import FFNPlan, LinearPlan, plan_conversion
+
+
+class MoloraModel(BaseTuner):
+    """Injects mixtures of LoRA experts into a causal LM; made by `get_peft_model`, not by hand.
+
+    Args: as `peft.tuners.tuners_utils.BaseTuner`.
+
+    Raises:
+        ValueError: a target that matches nothing, an FFN of unknown shape, a base that is itself a mixture of experts, a
+            numeric adapter name. Nothing is replaced then.
+    """
+
+    prefix = "molora_"
+    tuner_layer_cls = MoloraLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if adapter_name.isdigit():
+            raise ValueError(
+                f"adapter name {adapter_name!r} is a number, which PEFT confuses with the numbers of layers when it saves; "
+                "use a word"
+            )
+        config: MoloraConfig = self.peft_config[adapter_name]
+        self._plan = plan_conversion(model, config)
+        self._shared = {entry.block: SharedRouting() for entry in self._plan.values() if entry.block}
+        runtime = model.__dict__.get("molora_runtime")
+        fresh = runtime is None
+        self._runtime: Runtime = runtime or Runtime()
+        if fresh:
+            self._runtime.install(model)
+        targets = config.target_modules
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            if fresh:
+                self._runtime.remove(model)
+            raise
+        finally:
+            config.target_modules = targets  # PEFT writes every linear's name over "all-linear"
+        self._runtime.shared.extend(self._shared.values())
+        if config.inference_mode or config.base_fingerprint:
+            self._runtime.unverified.add(adapter_name)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
+        return key in self._plan
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        entry: LinearPlan | FFNPlan = self._plan[current_key]
+        inference_mode = peft_config.inference_mode
+        layer = target
+        if isinstance(entry, FFNPlan):
+            if not isinstance(layer, MixedFFN):
+                layer = MixedFFN(target, entry.structure, self._runtime)
+            layer.update_layer(adapter_name, entry.specs, entry.site, inference_mode)
+        else:
+            if not isinstance(layer, MixedLinear):
+                layer = MixedLinear(target, self._runtime)
+            shared = self._shared[entry.block] if entry.block else None
+            layer.update_layer(adapter_name, entry.spec, entry.site, shared, inference_mode)
+        if layer is not target:
+            layer.train(target.training)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # our layers place their own parameters; an FFN has no `weight` to copy
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._runtime.unverified.discard(adapter_name)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        raise NotImplementedError(NOT_MERGEABLE)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(NOT_MERGEABLE)
+
+    def unload(self) -> torch.nn.Module:
+        base = super().unload()
+        self._runtime.remove(base)
+        return base
+
+    @contextlib.contextmanager
+    def aux_weight(self, weight: float) -> Iterator[None]:
+        """`molora.context.aux_weight` of this model."""
+        with aux_weight(self, weight):
+            yield
+
+    def set_kernel(self, name: str | None) -> None:
+        """Chooses the kernel of this model's mixtures: "reference", "dense_masked", or None for the default."""
+        select.check(name)
+        self._runtime.kernel = name
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        assert isinstance(config, MoloraConfig)
+        config.base_fingerprint = peft_integration.base_fingerprint(model)
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        peft_integration.check_state_dict(model, config, adapter_name, remapped)
+        return remapped

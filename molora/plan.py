@@ -1,0 +1,253 @@
+"""Which modules a config converts, and into what: decided, and refused, before anything is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from molora.config import MoloraConfig
+from molora.ffn import FFNStructure, MixedFFN, looks_like_ffn, probe_ffn
+from molora.layers import MixtureSpec, MoloraLayer, linear_features
+from molora.routers import RouterConfig
+
+# Names under which siblings read the same input: attention's three, and the two before a gated activation.
+_SAME_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """A linear to convert; `block` names the group whose router it shares, if it shares one."""
+
+    site: str
+    spec: MixtureSpec
+    block: str | None = None
+
+
+@dataclass(frozen=True)
+class FFNPlan:
+    """An FFN to convert; `specs` holds the projections that get experts, by the name of their module."""
+
+    site: str
+    structure: FFNStructure
+    specs: dict[str, MixtureSpec]
+    block: None = None
+
+
+Plan = dict[str, LinearPlan | FFNPlan]
+
+
+def plan_conversion(model: nn.Module, config: MoloraConfig) -> Plan:
+    """The modules that `config` converts in `model`, by their full name.
+
+    Raises:
+        ValueError: see `MoloraModel`.
+    """
+    _refuse_mixture_of_experts(model)
+    linears, blocks = _modules(model)
+    spec = _spec(config)
+    if config.placement == "ffn":
+        plan = _plan_ffns(model, config, blocks, spec)
+    else:
+        plan = _plan_linears(model, config, linears, spec)
+    if config.plain_lora is not None:
+        plan |= _plan_plain_lora(model, config, linears, plan, spec)
+    return plan
+
+
+def _spec(config: MoloraConfig) -> MixtureSpec:
+    assert isinstance(config.router, RouterConfig)
+    return MixtureSpec(
+        num_experts=config.num_experts,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        share_A=config.share_A,
+        init_lora_weights=config.init_lora_weights,
+        router=config.router,
+    )
+
+
+def _modules(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """(linears, FFN-shaped modules) by name, leaving out what is inside other adapters' layers."""
+    linears: dict[str, nn.Module] = {}
+    ffns: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside or ("\0",)):
+            continue
+        if isinstance(module, MoloraLayer):
+            inside += (f"{name}.",)
+        if linear_features(module) is not None:
+            linears[name] = module
+        elif isinstance(module, MixedFFN) or looks_like_ffn(module):
+            ffns[name] = module
+    return linears, ffns
+
+
+def _refuse_mixture_of_experts(model: nn.Module) -> None:
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] in ("experts", "shared_experts")
+        and not isinstance(module, MoloraLayer)
+        and (isinstance(module, nn.ModuleList) or any(p.dim() == 3 for p in module.parameters(recurse=False)))
+    ]
+    if found:
+        name, module = found[0]
+        raise ValueError(
+            f"this base is itself a mixture of experts ({name}, {type(module).__name__}, and {len(found) - 1} more); molora "
+            "converts dense models; use PEFT's LoraConfig with target_parameters for it"
+        )
+
+
+def _selector(
+    config: MoloraConfig, targets: list[str] | str, exclude: list[str] | str | None
+) -> Callable[[str], bool]:
+    """Whether a module's name is selected, by PEFT's own rules; "all-linear" selects every name but the excluded."""
+    options = SimpleNamespace(
+        target_modules=targets,
+        exclude_modules=exclude,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+        modules_to_save=config.modules_to_save,
+    )
+
+    def selected(name: str) -> bool:
+        if targets == "all-linear":
+            options.target_modules = [name]
+        return bool(check_target_module_exists(options, name))
+
+    return selected
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get is not None else None
+
+
+def _select(
+    model: nn.Module,
+    config: MoloraConfig,
+    options: dict[str, Any],
+    modules: dict[str, nn.Module],
+    what: str,
+) -> list[str]:
+    """The names among `modules` that the options select; refuses a target that matches none of them."""
+    targets = options["target_modules"]
+    selected = _selector(config, targets, options["exclude_modules"])
+    head = _output_head(model)
+    names = [n for n, m in modules.items() if selected(n) and (targets != "all-linear" or m is not head)]
+    wanted = targets if isinstance(targets, list) else [targets]
+    for target in wanted:
+        one = _selector(config, [target] if isinstance(targets, list) else targets, None)
+        if not any(one(name) for name in modules):
+            _refuse_target(model, target, one, modules, what)
+    if not names:
+        raise ValueError(
+            f"target_modules={targets} with exclude_modules={options['exclude_modules']} and "
+            f"layers_to_transform={config.layers_to_transform} leaves no {what} to convert"
+        )
+    return names
+
+
+def _refuse_target(
+    model: nn.Module, target: str, selected: Callable[[str], bool], modules: dict[str, nn.Module], what: str
+) -> None:
+    exists = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in modules})) or "none"
+    other = next(((n, m) for n, m in model.named_modules() if n and selected(n)), None)
+    if other is not None:
+        raise ValueError(
+            f"target_modules={target!r} matches {other[0]} ({type(other[1]).__name__}), which is no {what}; this model's "
+            f"{what}s are: {exists}"
+        )
+    raise ValueError(f"target_modules={target!r} matches no {what} of this model; its {what}s are: {exists}")
+
+
+def _plan_linears(model: nn.Module, config: MoloraConfig, linears: dict[str, nn.Module], spec: MixtureSpec) -> Plan:
+    names = _select(model, config, _targets(config), linears, "linear")
+    plan: Plan = {}
+    for name in names:
+        own = replace(
+            spec,
+            r=config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), spec.r),
+            lora_alpha=config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), spec.lora_alpha),
+        )
+        plan[name] = LinearPlan(name, own)
+    if config.placement == "block":
+        for block, members in _blocks(names).items():
+            for name in members:
+                entry = plan[name]
+                assert isinstance(entry, LinearPlan)
+                plan[name] = replace(entry, site=block, block=block if len(members) > 1 else None)
+    return plan
+
+
+def _blocks(names: Iterable[str]) -> dict[str, list[str]]:
+    """Groups sibling linears that read the same input; the key names parent and members."""
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        same = next((group for group in _SAME_INPUT if leaf in group), (leaf,))
+        groups.setdefault((parent, same), []).append(name)
+    return {
+        f"{parent}.{'+'.join(m.rpartition('.')[2] for m in members)}": members
+        for (parent, _), members in groups.items()
+    }
+
+
+def _plan_ffns(model: nn.Module, config: MoloraConfig, ffns: dict[str, nn.Module], spec: MixtureSpec) -> Plan:
+    plan: Plan = {}
+    for name in _select(model, config, _targets(config), ffns, "FFN module"):
+        module = ffns[name]
+        if isinstance(module, MixedFFN):
+            structure = module.structure
+        else:
+            try:
+                structure = probe_ffn(module)
+            except ValueError as error:
+                raise ValueError(
+                    f"placement='ffn' cannot convert {name} ({type(module).__name__}): {error}; leave it out with "
+                    "exclude_modules, or use placement='linear'"
+                ) from None
+        selected = _selector(config, "all-linear", config.exclude_modules)
+        specs = {child: spec for _, child in structure.parts if selected(f"{name}.{child}")}
+        if not specs:
+            raise ValueError(f"exclude_modules={config.exclude_modules} leaves no projection of {name} to convert")
+        plan[name] = FFNPlan(name, structure, specs)
+    return plan
+
+
+def _plan_plain_lora(
+    model: nn.Module, config: MoloraConfig, linears: dict[str, nn.Module], taken: Plan, spec: MixtureSpec
+) -> Plan:
+    options = config.plain_lora
+    assert options is not None
+    plain = replace(spec, num_experts=1, share_A=False, r=options["r"], lora_alpha=options["lora_alpha"], router=None)
+    inside = tuple(f"{name}." for name, entry in taken.items() if isinstance(entry, FFNPlan)) or ("\0",)
+    free = {n: m for n, m in linears.items() if n not in taken and not n.startswith(inside)}
+    everything = options["target_modules"] == "all-linear"
+    names = _select(model, config, options, free if everything else linears, "linear")
+    for name in names:
+        if name not in free:
+            raise ValueError(
+                f"plain_lora and the mixture both want {name}; leave it out of one of them with exclude_modules"
+            )
+    return {name: LinearPlan(name, plain) for name in names}
+
+
+def _targets(config: MoloraConfig) -> dict[str, Any]:
+    return {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}

@@ -1,0 +1,42 @@
+"""Routers: hidden states -> `Routing`. They know no kernel and no model.
+
+A new router is one file with a `RouterConfig` and a `Router`, and one line in `ROUTERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from molora.routers.base import Router, RouterConfig, RouterLosses, Routing
+from molora.routers.top_k import TopK
+from molora.suggest import unknown_key_message
+
+__all__ = ["ROUTERS", "Router", "RouterConfig", "RouterLosses", "Routing", "TopK", "router_config"]
+
+ROUTERS: dict[str, type[RouterConfig]] = {config.name: config for config in (TopK,)}
+
+
+def router_config(value: RouterConfig | Mapping[str, Any] | str) -> RouterConfig:
+    """The typed config of a router given as itself, as a dict with a ``"name"`` (default: top_k), or as a name.
+
+    Raises:
+        ValueError: an unknown router or key, with the nearest valid one.
+        TypeError: neither a config, nor a dict, nor a name.
+    """
+    if isinstance(value, RouterConfig):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"router must be a router config, a dict or a name, not {type(value).__name__}")
+    options = dict(value)
+    name = options.pop("name", TopK.name)
+    if name not in ROUTERS:
+        raise ValueError(unknown_key_message("router", name, ROUTERS))
+    valid = [f.name for f in fields(ROUTERS[name])]
+    for key in options:
+        if key not in valid:
+            raise ValueError(unknown_key_message(f"router {name!r}", key, valid))
+    return ROUTERS[name](**options)
