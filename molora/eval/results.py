@@ -28,7 +28,15 @@ def wilson(correct: int, n: int) -> list[float]:
     z, p = 1.959963984540054, correct / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+    # The ends are exact where rounding is not.
+    return [0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half]
+
+
+def header(model: torch.nn.Module, name: str, seed: int) -> dict[str, Any]:
+    """What every results file begins with: schema, command, environment, seed, model."""
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    described = {"name": name, "base": base, "parameters": parameters(model)}
+    return {"schema": SCHEMA, "command": sys.argv, **environment(), "seed": seed, "model": described}
 
 
 def environment() -> dict[str, Any]:

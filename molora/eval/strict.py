@@ -150,10 +150,9 @@ def build(tp: type[T] | Any, value: Any, where: str) -> T:
         if value is None and type(None) in options:
             return None  # type: ignore[return-value]
         options = tuple(option for option in options if option is not type(None))
-        for option in options:
-            if isinstance(value, get_origin(option) or (dict if is_dataclass(option) else option)):
-                return build(option, value, where)
-        return build(options[0], value, where)
+        # More than one option is left only for containers, list or dict: take the one that the value is.
+        chosen = next((o for o in options[1:] if isinstance(value, get_origin(o) or o)), options[0])
+        return build(chosen, value, where)
     if origin is Literal:
         if value not in get_args(tp):
             raise ValueError(f"{where} must be one of {', '.join(map(repr, get_args(tp)))}, got {value!r}")

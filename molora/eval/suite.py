@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,11 +119,7 @@ def run_suite(
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
         Path(predictions_path).write_text(lines, encoding="utf-8")
     return {
-        "schema": results.SCHEMA,
-        "command": sys.argv,
-        **results.environment(),
-        "seed": seed,
-        "model": {"name": name, "base": model.config._name_or_path, "parameters": results.parameters(model)},
+        **results.header(model, name, seed),
         "tasks": entries,
         "average": sum(entry["value"] for entry in entries.values()) / len(entries),
         "seconds": time.perf_counter() - began,

@@ -115,7 +115,13 @@ def load_rows(task: TaskConfig) -> Dataset:
         FileNotFoundError: no local file matches.
         ValueError: no rows, a line that ``parse`` does not match, or a column that is not there.
     """
-    rows = _read(task)
+    import datasets
+
+    try:
+        rows = _read(task)
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        text = f"task {task.name!r} cannot be read from {task.data!r} (split {task.split!r}): {error}"
+        raise ValueError(text) from error
     if task.parse is not None:
         rows = _parse(rows, task)
     if len(rows) == 0:
@@ -172,7 +178,7 @@ def _read(task: TaskConfig) -> Dataset:
     if READERS[suffix] == "json" and task.field is not None:
         options = {"field": task.field}
     elif task.field is not None:
-        raise ValueError(f"task {task.name!r}: field is for json files; remove it for {task.data!r}")
+        raise ValueError(f"field is for json files; remove it for {task.data!r}")
     return datasets.load_dataset(READERS[suffix], data_files=files, split=task.split, **options)
 
 

@@ -65,7 +65,11 @@ class TrainingBar(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            self.bars.update(self.bar, description=f"training, loss {float(logs['loss']):.3f}")
+            loss = f"loss {float(logs['loss']):.4f}"
+            self.bars.update(self.bar, description=f"training, {loss}")
+            # A bar shows nothing in a file; lines do.
+            if not err.is_terminal:
+                err.print(f"step {state.global_step}/{state.max_steps}: {loss}", highlight=False)
 
 
 def yaml_text(text: str) -> Syntax:

@@ -6,16 +6,16 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from molora.eval.encode import collate
 from molora.eval.models import load_base, load_tokenizer
-from molora.eval.results import parameters, peak_memory_bytes, write_json
+from molora.eval.results import header, peak_memory_bytes, write_json
 from molora.eval.score import context_length
 from molora.eval.strict import parse_yaml
 from molora.eval.suite import run_suite
@@ -42,12 +42,17 @@ def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, li
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The recipe's ``training`` section over molora's defaults: no reporting service, molora's own progress bar."""
-    defaults = {"report_to": "none", "disable_tqdm": True, "logging_first_step": True}
+    defaults = {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_first_step": True,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+    }
     return TrainingArguments(**defaults | recipe.training, remove_unused_columns=False)
 
 
 def claim_output_dir(recipe: Recipe, *, resume: bool) -> str | None:
-    """Checks that ``output_dir`` is free, or, with ``resume``, that it holds a run of the same recipe; saves the recipe.
+    """Checks that ``output_dir`` is free or, with ``resume``, holds a run of the same recipe; saves the recipe.
 
     Returns:
         The checkpoint to resume from, ``None`` to start from the first step.
@@ -59,7 +64,8 @@ def claim_output_dir(recipe: Recipe, *, resume: bool) -> str | None:
     if not resume:
         if saved.exists() or (recipe.output_dir.is_dir() and get_last_checkpoint(str(recipe.output_dir))):
             raise ValueError(
-                f"{recipe.output_dir} already holds a run; pass --resume to continue it, or choose another training.output_dir"
+                f"{recipe.output_dir} already holds a run; pass --resume to continue it, "
+                "or choose another training.output_dir"
             )
     elif saved.is_file():
         began, now = _flat(parse_yaml(saved.read_text(encoding="utf-8"))), _flat(parse_yaml(recipe_yaml(recipe)))
@@ -67,7 +73,8 @@ def claim_output_dir(recipe: Recipe, *, resume: bool) -> str | None:
         if changed:
             shown = ", ".join(f"{key}: {began.get(key)!r} -> {now.get(key)!r}" for key in changed[:5])
             raise ValueError(
-                f"--resume continues the run exactly as it began, but the recipe changed ({shown}); undo that or start anew"
+                f"--resume continues the run exactly as it began, but the recipe changed ({shown}); "
+                "undo that or start anew"
             )
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
     saved.write_text(recipe_yaml(recipe), encoding="utf-8")
@@ -132,8 +139,9 @@ def train(
         train_dataset=rows,
         data_collator=collate,
         processing_class=tokenizer,
-        callbacks=[RoutingLog(), *(callbacks or [])],
+        callbacks=[*([RoutingLog()] if recipe.mixture is not None else []), *(callbacks or [])],
     )
+    trainer.remove_callback(PrinterCallback)
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_final()
     write_json(recipe.output_dir / CURVE_FILE, trainer.state.log_history)
@@ -166,20 +174,7 @@ def _before(recipe: Recipe, score: Callable[[str], dict[str, Any] | None], *, re
 
 
 def _unscored(recipe: Recipe, model: PeftModel, seed: int) -> dict[str, Any]:
-    import sys
-
-    from molora.eval.results import SCHEMA, environment
-
-    counts = {"name": str(recipe.output_dir), "base": recipe.base.model, "parameters": parameters(model)}
-    return {
-        "schema": SCHEMA,
-        "command": sys.argv,
-        **environment(),
-        "seed": seed,
-        "model": counts,
-        "tasks": {},
-        "average": None,
-    }
+    return header(model, str(recipe.output_dir), seed) | {"tasks": {}, "average": None, "predictions": None}
 
 
 class RoutingLog(TrainerCallback):
