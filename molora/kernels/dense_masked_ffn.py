@@ -79,7 +79,8 @@ class _MixtureFFN(torch.autograd.Function):
             inputs = x.to(pre[0].dtype)
             dtype = inputs.dtype
             grad_x, grad_gates = torch.zeros_like(inputs), torch.zeros_like(gates)
-            grads = [None if t is None else torch.zeros_like(t, dtype=dtype) for t in tensors]
+            # Contiguous, unlike zeros_like of a transposed view: they are flattened and added to in place below.
+            grads = [None if t is None else t.new_zeros(t.shape, dtype=dtype) for t in tensors]
             num_pre = len(pre)
             with torch.enable_grad():
                 leaves = [p.detach().requires_grad_() for p in pre]
@@ -136,9 +137,7 @@ def mixture_ffn(
     `act` must be element-wise: its derivative is taken by autograd on the recomputed pre-activations.
     """
     if topk_ids is None:
-        return reference.mixture_ffn(
-            x, pre, gates, topk_ids, up_experts, down_experts, act, residual=residual
-        )
+        return reference.mixture_ffn(x, pre, gates, topk_ids, up_experts, down_experts, act, residual=residual)
     pairs = [*up_experts, down_experts]
     scalings = tuple(0.0 if p is None else p.scaling for p in pairs)
     flat = [t for p in pairs for t in ((None, None) if p is None else (p.A, p.B))]

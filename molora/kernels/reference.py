@@ -85,19 +85,20 @@ def mixture_linear(
     Returns:
         (..., O) in the dtype of `out`.
     """
-    if dropout:
-        x = x * dropout_mask(x, dropout, seed)
-    A, B = experts.cat(out.dtype)
-    shrunk = x.flatten(0, -2).to(out.dtype) @ A.T
-    ranks = (gate_ranks(shrunk, gates, experts.shares_A) * experts.scaling).to(out.dtype)
-    return out + (ranks @ B).view_as(out)
+    with torch.autocast(x.device.type, enabled=False):
+        if dropout:
+            x = x * dropout_mask(x, dropout, seed)
+        A, B = experts.cat(out.dtype)
+        shrunk = x.flatten(0, -2).to(out.dtype) @ A.T
+        ranks = (gate_ranks(shrunk, gates, experts.shares_A) * experts.scaling).to(out.dtype)
+        return out + (ranks @ B).view_as(out)
 
 
 Activation = Callable[[Tensor], Tensor]
 
 
 def combine(pre: Sequence[Tensor], act: Activation) -> Tensor:
-    """The hidden state of an FFN from its pre-activations: ``act(gate) * up``, or ``act(up)`` where there is no gate."""
+    """The hidden state of an FFN from its pre-activations: ``act(gate) * up``, or ``act(up)`` without a gate."""
     return act(pre[0]) * pre[1] if len(pre) == 2 else act(pre[0])
 
 
@@ -132,22 +133,23 @@ def mixture_ffn(
     Returns:
         hidden (T, F) in the dtype of `pre`, and ranks (T, E*R) in the same, or None without `down_experts`.
     """
-    dtype = pre[0].dtype
-    base = combine(pre, act)
-    hidden = base if residual else torch.zeros_like(base)
-    ranks = []
-    for e in range(gates.shape[1]):
-        gate = gates[:, e : e + 1].to(dtype)
-        adapted = []
-        for p, experts in zip(pre, up_experts, strict=True):
-            if experts is None:
-                adapted.append(p)
-                continue
-            A, B = experts.A[0 if experts.shares_A else e].to(dtype), experts.B[e].to(dtype)
-            adapted.append(p + experts.scaling * (x.to(dtype) @ A.T) @ B)
-        h = combine(adapted, act)
-        hidden = hidden + gate * (h - base if residual else h)
-        if down_experts is not None:
-            A = down_experts.A[0 if down_experts.shares_A else e].to(dtype)
-            ranks.append(gate * down_experts.scaling * (h @ A.T))
-    return hidden, torch.cat(ranks, 1) if ranks else None
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = pre[0].dtype
+        base = combine(pre, act)
+        hidden = base if residual else torch.zeros_like(base)
+        ranks = []
+        for e in range(gates.shape[1]):
+            gate = gates[:, e : e + 1].to(dtype)
+            adapted = []
+            for p, experts in zip(pre, up_experts, strict=True):
+                if experts is None:
+                    adapted.append(p)
+                    continue
+                A, B = experts.A[0 if experts.shares_A else e].to(dtype), experts.B[e].to(dtype)
+                adapted.append(p + experts.scaling * (x.to(dtype) @ A.T) @ B)
+            h = combine(adapted, act)
+            hidden = hidden + gate * (h - base if residual else h)
+            if down_experts is not None:
+                A = down_experts.A[0 if down_experts.shares_A else e].to(dtype)
+                ranks.append(gate * down_experts.scaling * (h @ A.T))
+        return hidden, torch.cat(ranks, 1) if ranks else None

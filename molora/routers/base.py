@@ -114,6 +114,6 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]
 def masked_mean(values: Tensor, token_mask: Tensor | None) -> Tensor:
     """The mean over tokens that count: (T, n) to (n,); zero where none counts. No host sync."""
     if token_mask is None:
-        return values.mean(0)
+        return values.sum(0) / max(values.shape[0], 1)
     weight = token_mask.to(values.dtype).unsqueeze(1)
     return (values * weight).sum(0) / weight.sum().clamp(min=1)

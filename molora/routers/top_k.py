@@ -29,7 +29,7 @@ class TopK(RouterConfig):
         router_jitter_noise: in training the router sees x * U(1 - noise, 1 + noise), 0 <= noise < 1 (Switch).
         router_aux_loss_coef: weight of the balance loss, >= 0.
         router_z_loss_coef: weight of the z-loss, >= 0.
-        pool_layers: F and P are means over all layers, then multiplied (published); else the mean of the layers' losses.
+        pool_layers: F and P are means over all layers, then multiplied (published); else the mean of each layer's loss.
         init_std: standard deviation of the router's initial weights (MixLoRA: 0.02).
     """
 
