@@ -219,7 +219,9 @@ def test_a_killed_run_resumes_bit_for_bit(
     data = yaml.safe_load(Path(recipe).read_text())
     Path(recipe).write_text(yaml.safe_dump(data | {"evaluation": {"before": False, "after": False}}))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", KILLED_RUN, recipe, when], env=environment, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_RUN, recipe, when], env=environment, capture_output=True, check=False
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     assert (out / ".partial").exists() == (when == "save")
     assert max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*")) == last_whole
@@ -227,4 +229,6 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert molora("train", recipe, "--resume") == 0
     assert losses(out) == uninterrupted
     assert not (out / ".partial").exists()
-    assert json.loads((out / "results.json").read_text())["training"]["resumed_from"].endswith(f"checkpoint-{last_whole}")
+    assert json.loads((out / "results.json").read_text())["training"]["resumed_from"].endswith(
+        f"checkpoint-{last_whole}"
+    )

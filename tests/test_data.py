@@ -17,8 +17,9 @@ from molora.train.recipe import MixingConfig, SequenceConfig
 ROWS = [{"q": "one and one", "a": "two"}, {"q": "two and two", "a": "four"}, {"q": "is it", "a": "no"}]
 
 CHATML = (
-    "{% for m in messages %}{{ '|' + m['role'] + ':' }}{% if m['role'] == 'assistant' %}MARK{{ m['content'] + '</s>' }}END"
-    "{% else %}{{ m['content'] + '</s>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '|assistant:' }}{% endif %}"
+    "{% for m in messages %}{{ '|' + m['role'] + ':' }}"
+    "{% if m['role'] == 'assistant' %}MARK{{ m['content'] + '</s>' }}END{% else %}{{ m['content'] + '</s>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '|assistant:' }}{% endif %}"
 )
 MARKED = CHATML.replace("MARK", "{% generation %}").replace("END", "{% endgeneration %}")
 UNMARKED = CHATML.replace("MARK", "").replace("END", "")
@@ -72,7 +73,9 @@ def test_chat_loss_is_on_every_reply_of_the_assistant(template: str) -> None:
     tokenizer.chat_template = template
     chat = task(prompt=None, answer=None, messages="m")
     row = encode_row({"m": CHAT}, chat, tokenizer)
-    assert tokenizer.decode(row["input_ids"]).endswith("|user:hi</s>|assistant:hello</s>|user:bye</s>|assistant:so long</s>")
+    assert tokenizer.decode(row["input_ids"]).endswith(
+        "|user:hi</s>|assistant:hello</s>|user:bye</s>|assistant:so long</s>"
+    )
     assert tokenizer.decode([token for token in row["labels"] if token != IGNORED]) == "hello</s>so long</s>"
     example = encode_example({"m": CHAT}, chat, tokenizer)
     assert example.prompt.endswith("|user:bye</s>|assistant:")
@@ -141,7 +144,9 @@ def test_too_long_rows_are_counted_cut_or_refused(file: str) -> None:
         ({"parse": "(?P<q>.*)"}, ValueError, "parse needs named groups .* and a txt file"),
     ],
 )
-def test_data_that_does_not_fit_is_named(file: str, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_data_that_does_not_fit_is_named(
+    file: str, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         load_rows(task(**{"data": file} | changes))
 
@@ -211,6 +216,10 @@ def test_mixing_draws_by_weight_keeps_every_row_and_repeats_by_seed(tmp_path: Pa
 
 def test_proportional_mixing_of_equal_weights_has_each_row_once(file: str) -> None:
     rows, reports = mixed_dataset(
-        [task(file, name="a"), task(file, name="b", limit=1)], tiny_tokenizer(), MixingConfig(), SequenceConfig(), CONTEXT
+        [task(file, name="a"), task(file, name="b", limit=1)],
+        tiny_tokenizer(),
+        MixingConfig(),
+        SequenceConfig(),
+        CONTEXT,
     )
     assert (len(rows), [report.probability for report in reports]) == (4, [0.75, 0.25])

@@ -54,7 +54,12 @@ def test_choice_likelihoods_by_hand(model: Any, tokenizer: Any) -> None:
     )
 
 
-PAIRS = [("is it good?", " yes"), ("is it good?", " no"), ("x", " a far longer continuation"), ("a longer prompt here", "b")]
+PAIRS = [
+    ("is it good?", " yes"),
+    ("is it good?", " no"),
+    ("x", " a far longer continuation"),
+    ("a longer prompt here", "b"),
+]
 
 
 def test_choice_scoring_takes_the_most_likely(model: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -84,7 +89,9 @@ def test_exact_match_in_a_batch_is_the_row_alone(model: Any, tokenizer: Any, tmp
     own = []
     for question in QUESTIONS:
         ids = torch.tensor([tokenizer(f"{question}:")["input_ids"]])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=2)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=2
+        )
         own.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
     references = [text if i % 2 else text + "x" for i, text in enumerate(own)]
     scored = task(tmp_path, references, eval=EvalConfig(max_new_tokens=12))
