@@ -19,8 +19,8 @@ Placement = Literal["linear", "block", "ffn"]
 class PeftTypeName(str):
     """A key of PEFT's tables that is no member of its enum: equal to its string, with the enum's `.value`.
 
-    PEFT looks methods up by equality and hash, transformers reads `.value`; a string subclass serves both, and unlike an
-    added enum member it can be unpickled in a process that has not registered it yet.
+    PEFT looks methods up by equality and hash, transformers reads `.value`; a string subclass serves both, and unlike
+    an added enum member it can be unpickled in a process that has not registered it yet.
     """
 
     @property
@@ -56,13 +56,13 @@ class MoloraConfig(PeftConfig):
         plain_lora: ungated LoRA on other linears in the same adapter: {"target_modules", "r", "lora_alpha",
             "exclude_modules"}; target_modules "all-linear" means every linear that the mixture does not take.
         router: a typed config of `molora.routers`, a dict with its name and options, or its name.
-        layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, modules_to_save, trainable_token_indices: as in
-            LoraConfig.
+        layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, modules_to_save, trainable_token_indices: as
+            in LoraConfig.
         bias: "none", "all" or "molora_only": which biases train.
         ensure_weight_tying: as in LoraConfig, for modules_to_save and trainable_token_indices.
         expert_names: names of the experts, num_experts of them; for reports.
-        base_fingerprint: written on save, checked on load: which base the adapter belongs to. Set it to None in a loaded
-            config to put the adapter on another base on purpose.
+        base_fingerprint: written on save, checked on load: which base the adapter belongs to. Set it to None in a
+            loaded config to put the adapter on another base on purpose.
         format_version: of the checkpoint's layout.
     """
 
@@ -101,7 +101,7 @@ class MoloraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = MOLORA  # type: ignore[assignment]
+        self.peft_type = MOLORA
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"this adapter has format_version={self.format_version}, this molora reads up to {FORMAT_VERSION}; "
@@ -156,7 +156,9 @@ def _plain_lora(options: Mapping[str, Any], config: MoloraConfig) -> dict[str, A
             raise ValueError(unknown_key_message("MoloraConfig.plain_lora", key, _PLAIN_LORA_KEYS))
     result = {"r": config.r, "lora_alpha": config.lora_alpha, "exclude_modules": None, **options}
     if not result.get("target_modules"):
-        raise ValueError("plain_lora needs target_modules: a list of name endings, a regular expression or 'all-linear'")
+        raise ValueError(
+            "plain_lora needs target_modules: a list of name endings, a regular expression or 'all-linear'"
+        )
     _check_positive_int("plain_lora.r", result["r"])
     if result["lora_alpha"] <= 0:
         raise ValueError(f"plain_lora.lora_alpha={result['lora_alpha']} must be positive")

@@ -1,7 +1,7 @@
 """The stacked parameters of LoRA experts: shapes and initial values.
 
-A is (E, R, D), or (1, R, D) where experts share it, and B is (E, R, O): both flatten to (E*R, .) without a copy, rank j is
-row j of both, and expert e is a PEFT LoRA's ``lora_A.weight`` (A[e]) and ``lora_B.weight`` (B[e] transposed).
+A is (E, R, D), or (1, R, D) where experts share it, and B is (E, R, O): both flatten to (E*R, .) without a copy, rank
+j is row j of both, and expert e is a PEFT LoRA's ``lora_A.weight`` (A[e]) and ``lora_B.weight`` (B[e] transposed).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 class StackedWeight(nn.Module):
     """One parameter in a module of its own, which returns it when called.
 
-    A module, so that what hooks modules finds it (accelerate's offload, DeepSpeed ZeRO-3), and flat, so that its key ends
-    in ``<container>.<adapter>.weight`` and survives PEFT's handling of adapter names.
+    A module, so that what hooks modules finds it (accelerate's offload, DeepSpeed ZeRO-3), and flat, so that its key
+    ends in ``<container>.<adapter>.weight`` and survives PEFT's handling of adapter names.
     """
 
     def __init__(self, *shape: int) -> None:
@@ -33,8 +33,8 @@ def make_experts(
     """New A and B on the default device and dtype.
 
     Args:
-        init: True: A uniform in ±1/sqrt(D) (PEFT's kaiming with a = sqrt(5)), B zero; "gaussian": A normal with standard
-            deviation 1/r, B zero; False: A as with True, B uniform in ±1/sqrt(R).
+        init: True: A uniform in ±1/sqrt(D) (PEFT's kaiming with a = sqrt(5)), B zero; "gaussian": A normal with
+            standard deviation 1/r, B zero; False: A as with True, B uniform in ±1/sqrt(R).
     """
     A = StackedWeight(1 if share_A else num_experts, r, in_features)
     B = StackedWeight(num_experts, r, out_features)

@@ -7,6 +7,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from molora.context import Runtime
-from molora.kernels import select
+from molora.kernels import selection
 from molora.kernels.reference import combine
-from molora.layers import MixtureSpec, MoloraLayer, linear_features, owns_output
+from molora.layers import MixtureSpec, MoloraLayer, linear_features
 
 _BARE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (functional.silu, functional.gelu, functional.relu)
 
@@ -45,21 +46,36 @@ class FFNStructure:
         return dict(self.parts)
 
     def activation(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        return getattr(module, self.act) if isinstance(self.act, str) else self.act
-
-    def split(self, outputs: list[Tensor]) -> list[Tensor]:
-        """Pre-activations (gate, up) or (up,) from the outputs of the linears before the activation."""
+        """The activation; for a fused gate-up the map of its whole output (..., 2F) to act(gate) * up (..., F), so that
+        the halves keep the memory layout they have in the module, and with it the last bit of the activation."""
+        act = getattr(module, self.act) if isinstance(self.act, str) else self.act
+        if getattr(act, "inplace", False):
+            in_place, act = act, lambda x: in_place(x.clone())  # the pre-activations are read again for each expert
         if "gate_up" not in self.names:
-            return outputs
-        halves = list(outputs[0].chunk(2, dim=-1))
-        return halves[::-1] if self.up_first else halves
+            return act
+
+        def fused(gate_up: Tensor) -> Tensor:
+            first, second = gate_up.chunk(2, dim=-1)
+            return act(second) * first if self.up_first else act(first) * second
+
+        return fused
 
     def pre_activations(self, module: nn.Module, x: Tensor) -> list[Tensor]:
-        return self.split([getattr(module, name)(x) for part, name in self.parts if part != "down"])
+        """The outputs of the linears before the activation: [gate, up], [gate_up] or [up]."""
+        return [getattr(module, name)(x) for part, name in self.parts if part != "down"]
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The FFN by its parts; equals ``module(x)`` where the structure is right."""
-        out: Tensor = getattr(module, self.names["down"])(combine(self.pre_activations(module, x), self.activation(module)))
+        """The FFN by its parts; equals ``module(x)`` where the structure is right.
+
+        Raises:
+            ValueError: the activation works in place, and nothing says so.
+        """
+        pre = self.pre_activations(module, x)
+        versions = [p._version for p in pre]
+        hidden = combine(pre, self.activation(module))
+        if versions != [p._version for p in pre]:
+            raise ValueError("its activation works in place, which would overwrite what the other experts read")
+        out: Tensor = getattr(module, self.names["down"])(hidden)
         return getattr(module, self.dropout)(out) if self.dropout else out
 
 
@@ -108,30 +124,39 @@ def probe_ffn(module: nn.Module) -> FFNStructure:
         ValueError: it has the linears of an FFN but computes something else; says what was tried.
     """
     module = _with_data(module)
-    name = next(n for n, m in module.named_children() if linear_features(m))
-    first = getattr(module, name)
-    reference = next(p for p in first.parameters() if p.is_floating_point())
-    scales = torch.tensor([1.0, 16.0, 256.0] if reference.dtype == torch.float16 else [1.0, 100.0, 1e4])
-    generator = torch.Generator().manual_seed(0)
     candidates = list(_candidates(module))
-    features = linear_features(getattr(module, candidates[0].parts[0][1]))
-    assert features is not None
-    x = torch.randn(1, 6, features[0], generator=generator) * scales.repeat(2)[None, :, None]
-    x = x.to(reference.device, reference.dtype)
+    x = _probe_input(module, candidates[0].parts[0][1])
     training = module.training
     try:
         module.train()
-        want = _seeded(lambda: module(x))
+        try:
+            want = _seeded(module, x)
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"its forward does not work on one hidden state alone ({error})") from None
         if isinstance(want, Tensor):
             for structure in candidates:
-                got = _seeded(lambda structure=structure: structure.run(module, x))
+                try:
+                    got = _seeded(partial(structure.run, module), x)
+                except (TypeError, RuntimeError, AttributeError):
+                    continue  # what this guess takes for the activation is something else
                 if got.shape == want.shape and _equal(got, want):
                     return structure
-    except TypeError as error:
-        raise ValueError(f"its forward does not take one hidden state ({error})") from None
     finally:
         module.train(training)
     raise ValueError("its output is not down(act(gate(x)) * up(x)) nor down(act(up(x))) of its own parts")
+
+
+def _probe_input(module: nn.Module, first_linear: str) -> Tensor:
+    """(1, 6, D) on the device and in the dtype of the module, two rows of each magnitude."""
+    features = linear_features(getattr(module, first_linear))
+    assert features is not None
+    weights = list(module.parameters())
+    dtype = next((p.dtype for p in weights if p.is_floating_point()), torch.bfloat16)  # a quantised base computes in
+    bf16 scales = torch.tensor([1.0, 16.0, 256.0] if dtype ==
+    torch.float16 else [1.0, 100.0, 1e4]).repeat(2) x =
+    torch.randn(1, 6, features[0], generator=torch.Generator().manual_seed(0)) * scales[None, :, None] device =
+    weights[0].device if not weights[0].is_meta else "cpu"
+    return x.to(device, dtype)
 
 
 def _equal(got: Tensor, want: Tensor) -> bool:
@@ -141,10 +166,10 @@ def _equal(got: Tensor, want: Tensor) -> bool:
     return bool((error <= tolerance * want.double().abs().amax(-1)).all()) and bool(want.isfinite().all())
 
 
-def _seeded(run: Callable[[], Any]) -> Any:
+def _seeded(run: Callable[[Tensor], Any], x: Tensor) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return run()
+        return run(x)
 
 
 def _with_data(module: nn.Module) -> nn.Module:
@@ -169,9 +194,7 @@ class MixedFFN(MoloraLayer):
         super().__init__(base_layer, runtime, tuple(f"_{part}" for part, _ in structure.parts))
         self.structure = structure
 
-    def update_layer(
-        self, adapter: str, specs: dict[str, MixtureSpec], name: str, inference_mode: bool
-    ) -> None:
+    def update_layer(self, adapter: str, specs: dict[str, MixtureSpec], name: str, inference_mode: bool) -> None:
         """Adds an adapter; `specs` holds the projections it takes, by the name of their module."""
         for part, child in self.structure.parts:
             features = linear_features(getattr(self.get_base_layer(), child))
@@ -183,7 +206,9 @@ class MixedFFN(MoloraLayer):
         self.add_router(adapter, hidden_size, next(iter(specs.values())), name)
         self.finish(adapter, inference_mode)
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
         return super()._get_base_layer_device_and_dtype(_innermost(getattr(base_layer, self.structure.parts[0][1])))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -198,14 +223,9 @@ class MixedFFN(MoloraLayer):
         tokens = x.flatten(0, -2)
         pre = [p.flatten(0, -2) for p in structure.pre_activations(base, x)]
         experts = {part: self.experts(adapter, f"_{part}") for part in structure.names}
-        ups = [experts["gate"], experts["up"]] if "gate" in experts else [experts.get("up")]
-        if "gate_up" in experts:
-            ups = [None, None]
-            if (fused := experts["gate_up"]) is not None:
-                halves = structure.split([fused.B])
-                ups = [fused._replace(B=half) for half in halves]
+        ups = [experts[part] for part in structure.names if part != "down"]
         dropped = self._dropped(adapter, tokens)
-        hidden, ranks = select.mixture_ffn(
+        hidden, ranks = selection.mixture_ffn(
             self.molora_runtime.kernel,
             dropped,
             pre,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from molora.aux_loss import attach
 from molora.context import Runtime, Site
 from molora.experts import make_experts, scaling_factor
-from molora.kernels import select
+from molora.kernels import selection
 from molora.kernels.reference import Projection
 from molora.routers import RouterConfig, Routing
 
@@ -89,6 +90,11 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
     """What a mixed linear and a mixed FFN have in common: adapters by name, routing, PEFT's bookkeeping."""
 
     other_param_names: tuple[str, ...] = ("molora_specs",)
+    if TYPE_CHECKING:  # BaseTunerLayer's, which nn.Module's __getattr__ hides from type checkers
+        active_adapters: list[str]
+        get_base_layer: Callable[[], nn.Module]
+        set_adapter: Callable[..., None]
+        _get_base_layer_device_and_dtype: Callable[[nn.Module], tuple[torch.device | None, torch.dtype | None]]
 
     def __init__(self, base_layer: nn.Module, runtime: Runtime, parts: tuple[str, ...]) -> None:
         super().__init__()
@@ -104,7 +110,7 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
                 setattr(self, f"molora_{matrix}{part}", nn.ModuleDict())
         self.adapter_layer_names = (*(f"molora_{m}{p}" for p in parts for m in "AB"), "molora_router")
         self._disable_adapters = False
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
 
     def add_part(self, adapter: str, part: str, features: tuple[int, int], spec: MixtureSpec) -> None:
         """Puts new experts of `adapter` on one projection."""
@@ -124,6 +130,22 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         """After the parts of an adapter are in place: device, dtype, trainability."""
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Without PEFT's cast to the base's dtype: it would round the fp32 tensors of a checkpoint while loading.
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        for container in self.adapter_layer_names:
+            entries = getattr(self, container)
+            if adapter_name in entries and device is not None and not next(entries[adapter_name].parameters()).is_meta:
+                entries[adapter_name].to(device)
+
+    def to_base_dtype(self, adapter: str) -> None:
+        """Rounds an adapter to the dtype the base linear computes in."""
+        dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
+        for container in self.adapter_layer_names:
+            entries = getattr(self, container)
+            if adapter in entries and dtype is not None and dtype.is_floating_point:
+                entries[adapter].to(dtype)
 
     def route(self, adapter: str, x: Tensor) -> Routing:
         """The routing of x (..., D) by this layer's router; in training with the router losses on its gates."""
@@ -216,7 +238,7 @@ class MixedLinear(MoloraLayer):
             if self.molora_specs[adapter][""].router is not None:
                 shared = self.molora_shared.get(adapter)
                 gates = (self.route(adapter, x) if shared is None else shared.get(adapter, x)).gates
-            out = select.mixture_linear(
+            out = selection.mixture_linear(
                 self.molora_runtime.kernel,
                 x,
                 gates,

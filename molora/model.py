@@ -15,7 +15,7 @@ from molora.config import MoloraConfig
 from molora.context import Runtime, aux_weight
 from molora.ffn import MixedFFN
 from molora.integrations import peft as peft_integration
-from molora.kernels import select
+from molora.kernels import selection
 from molora.layers import NOT_MERGEABLE, MixedLinear, MoloraLayer, SharedRouting
 from molora.plan import FFNPlan, LinearPlan, plan_conversion
 
@@ -26,8 +26,8 @@ class MoloraModel(BaseTuner):
     Args: as `peft.tuners.tuners_utils.BaseTuner`.
 
     Raises:
-        ValueError: a target that matches nothing, an FFN of unknown shape, a base that is itself a mixture of experts, a
-            numeric adapter name. Nothing is replaced then.
+        ValueError: a target that matches nothing, an FFN of unknown shape, a base that is itself a mixture of experts,
+            a numeric adapter name. Nothing is replaced then.
     """
 
     prefix = "molora_"
@@ -37,8 +37,8 @@ class MoloraModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if adapter_name.isdigit():
             raise ValueError(
-                f"adapter name {adapter_name!r} is a number, which PEFT confuses with the numbers of layers when it saves; "
-                "use a word"
+                f"adapter name {adapter_name!r} is a number, which PEFT confuses with the numbers of layers when it "
+                "saves; use a word"
             )
         config: MoloraConfig = self.peft_config[adapter_name]
         self._plan = plan_conversion(model, config)
@@ -48,7 +48,8 @@ class MoloraModel(BaseTuner):
         self._runtime: Runtime = runtime or Runtime()
         if fresh:
             self._runtime.install(model)
-        targets = config.target_modules
+        targets, excluded = config.target_modules, config.exclude_modules
+        config.exclude_modules = None  # the plan has left them out; PEFT would warn that it found none to exclude
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
@@ -57,6 +58,7 @@ class MoloraModel(BaseTuner):
             raise
         finally:
             config.target_modules = targets  # PEFT writes every linear's name over "all-linear"
+            config.exclude_modules = excluded
         self._runtime.shared.extend(self._shared.values())
         if config.inference_mode or config.base_fingerprint:
             self._runtime.unverified.add(adapter_name)
@@ -64,7 +66,7 @@ class MoloraModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
         return key in self._plan
 
     def _create_and_replace(
@@ -96,6 +98,22 @@ class MoloraModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # our layers place their own parameters; an FFN has no `weight` to copy
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # New adapters are fp32, as PEFT makes them by default; only autocast_adapter_dtype=False rounds them.
+        if not autocast_adapter_dtype:
+            for module in self.modules():
+                if isinstance(module, MoloraLayer):
+                    module.to_base_dtype(adapter_name)
+
+    def _add_modules_to_save_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
+        # PEFT trains the input embedding and ties the rest to it (peft.utils.other.set_additional_trainable_modules).
+        embedding = self.model.get_input_embeddings()
+        name = next(n for n, m in self.model.named_modules() if m is embedding)
+        tied = {name, *tied_weight_keys}
+        own = [m for m in peft_config.modules_to_save if not any(t == m or t.endswith(f".{m}") for t in tied)]
+        peft_config.modules_to_save = [*own, name]
+        peft_config.modules_to_tie = set(tied_weight_keys)
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._runtime.unverified.discard(adapter_name)
@@ -119,7 +137,7 @@ class MoloraModel(BaseTuner):
 
     def set_kernel(self, name: str | None) -> None:
         """Chooses the kernel of this model's mixtures: "reference", "dense_masked", or None for the default."""
-        select.check(name)
+        selection.check(name)
         self._runtime.kernel = name
 
     @classmethod

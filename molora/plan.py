@@ -109,14 +109,12 @@ def _refuse_mixture_of_experts(model: nn.Module) -> None:
     if found:
         name, module = found[0]
         raise ValueError(
-            f"this base is itself a mixture of experts ({name}, {type(module).__name__}, and {len(found) - 1} more); molora "
-            "converts dense models; use PEFT's LoraConfig with target_parameters for it"
+            f"this base is itself a mixture of experts ({name}, {type(module).__name__}, and {len(found) - 1} more); "
+            "molora converts dense models; use PEFT's LoraConfig with target_parameters for it"
         )
 
 
-def _selector(
-    config: MoloraConfig, targets: list[str] | str, exclude: list[str] | str | None
-) -> Callable[[str], bool]:
+def _selector(config: MoloraConfig, targets: list[str] | str, exclude: list[str] | str | None) -> Callable[[str], bool]:
     """Whether a module's name is selected, by PEFT's own rules; "all-linear" selects every name but the excluded."""
     options = SimpleNamespace(
         target_modules=targets,
@@ -171,8 +169,8 @@ def _refuse_target(
     other = next(((n, m) for n, m in model.named_modules() if n and selected(n)), None)
     if other is not None:
         raise ValueError(
-            f"target_modules={target!r} matches {other[0]} ({type(other[1]).__name__}), which is no {what}; this model's "
-            f"{what}s are: {exists}"
+            f"target_modules={target!r} matches {other[0]} ({type(other[1]).__name__}), which is no {what}; this "
+            f"model's {what}s are: {exists}"
         )
     raise ValueError(f"target_modules={target!r} matches no {what} of this model; its {what}s are: {exists}")
 

@@ -12,12 +12,12 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from molora.config import MOLORA, MoloraConfig
 from molora.context import Runtime
+from molora.layers import MoloraLayer
 
 _SAMPLES = 16
 
@@ -26,16 +26,16 @@ def register() -> None:
     """Enters the method in PEFT's tables, under a string key (engineering.md 23). Yields to a member PEFT may have."""
     from molora.model import MoloraModel
 
-    PEFT_TYPE_TO_PREFIX_MAPPING.setdefault(MOLORA, MoloraModel.prefix)  # type: ignore[arg-type]
-    PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(MOLORA, MoloraConfig)  # type: ignore[arg-type]
-    PEFT_TYPE_TO_TUNER_MAPPING.setdefault(MOLORA, MoloraModel)  # type: ignore[arg-type]
+    PEFT_TYPE_TO_PREFIX_MAPPING.setdefault(MOLORA, MoloraModel.prefix)
+    PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(MOLORA, MoloraConfig)
+    PEFT_TYPE_TO_TUNER_MAPPING.setdefault(MOLORA, MoloraModel)
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """The tensors of one adapter, by their name in the model."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, MoloraLayer):
             for container in module.adapter_layer_names:
                 entries = getattr(module, container)
                 if adapter in entries:
@@ -58,37 +58,40 @@ def check_state_dict(model: nn.Module, config: PeftConfig, adapter: str, state_d
     missing = [name for name in expected if name not in state_dict]
     if missing:
         raise ValueError(
-            f"the checkpoint of adapter {adapter!r} lacks {len(missing)} of {len(expected)} tensors, first {missing[0]}; it "
-            "is damaged, or was saved from another configuration"
+            f"the checkpoint of adapter {adapter!r} lacks {len(missing)} of {len(expected)} tensors, first "
+            f"{missing[0]}; it is damaged, or was saved from another configuration"
         )
     if others:
         raise ValueError(
-            f"the checkpoint of adapter {adapter!r} has {len(others)} tensors that this base with this config has no place "
-            f"for, first {sorted(others)[0]}; it belongs to another base or configuration"
+            f"the checkpoint of adapter {adapter!r} has {len(others)} tensors that this base with this config has no "
+            f"place for, first {sorted(others)[0]}; it belongs to another base or configuration"
         )
     for name, parameter in expected.items():
         value, want = state_dict[name], tuple(getattr(parameter, "ds_shape", parameter.shape))
         if tuple(value.shape) != want:
             raise ValueError(
-                f"{name} has shape {tuple(value.shape)} in the checkpoint and {want} in the model; it belongs to another "
-                "base or configuration"
+                f"{name} has shape {tuple(value.shape)} in the checkpoint and {want} in the model; it belongs to "
+                "another base or configuration"
             )
         if not value.is_meta and not bool(value.isfinite().all()):
             raise ValueError(f"{name} holds NaN or infinity in the checkpoint; it is damaged, or its training diverged")
-    runtime = next((m.molora_runtime for m in model.modules() if isinstance(m.__dict__.get("molora_runtime"), Runtime)), None)
+    runtime = next(
+        (m.molora_runtime for m in model.modules() if isinstance(m.__dict__.get("molora_runtime"), Runtime)), None
+    )
     if isinstance(runtime, Runtime):
         runtime.unverified.discard(adapter)
 
 
 @torch.no_grad()
 def verify_loaded(model: nn.Module, runtime: Runtime) -> None:
-    """Checks at the first forward an adapter that transformers' own `load_adapter` has filled, which calls no code of ours.
+    """Checks at the first forward an adapter that transformers' own `load_adapter` has filled, which calls no code of
+    ours.
 
     That route refuses misshaped tensors and lists extra ones itself; what it only lists, a missing tensor, is an error
     here, as are non-finite values and another base.
     """
     for adapter in sorted(runtime.unverified):
-        config = model.peft_config.get(adapter)
+        config = getattr(model, "peft_config", {}).get(adapter)
         if config is not None:
             check_base(model, config)
         tensors = adapter_parameters(model, adapter)
@@ -96,8 +99,8 @@ def verify_loaded(model: nn.Module, runtime: Runtime) -> None:
         missing = [name for name in tensors if name not in set(loaded)]
         if loaded and missing:
             raise ValueError(
-                f"the checkpoint of adapter {adapter!r} lacks {len(missing)} of {len(tensors)} tensors, first {missing[0]}; "
-                "it is damaged, or was saved from another configuration"
+                f"the checkpoint of adapter {adapter!r} lacks {len(missing)} of {len(tensors)} tensors, first "
+                f"{missing[0]}; it is damaged, or was saved from another configuration"
             )
         for name, tensor in tensors.items():
             if not tensor.is_meta and not bool(tensor.isfinite().all()):
@@ -106,7 +109,8 @@ def verify_loaded(model: nn.Module, runtime: Runtime) -> None:
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What tells one base from another: its sizes, and a few numbers of its input embedding (empty where those are not at
+    """What tells one base from another: its sizes, and a few numbers of its input embedding (empty where those are not
+    at
     hand: sharded, offloaded)."""
     config = getattr(model, "config", None)
     config = config if isinstance(config, dict) else getattr(config, "to_dict", dict)()
@@ -126,7 +130,7 @@ def _embedding_sample(model: nn.Module) -> list[float]:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.is_meta or hasattr(weight, "ds_id"):
         return []
-    if not type(weight) in (Tensor, nn.Parameter) or not weight.is_floating_point():
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         return []
     rows, columns = min(weight.shape[0], 64), weight.shape[1]
     picks = [(i * 7 % rows, i * 13 % columns) for i in range(_SAMPLES)]
@@ -153,6 +157,6 @@ def check_base(model: nn.Module, config: PeftConfig) -> None:
         what = ", ".join(f"{k} {saved[k]} there, {here.get(k)} here" for k in differs if k != "embedding")
         raise ValueError(
             f"this adapter was trained on another base ({config.base_model_name_or_path or 'unnamed'}: "
-            f"{what or 'its input embedding has other values'}); load that base, or set base_fingerprint=None in the loaded "
-            "config to use it here on purpose"
+            f"{what or 'its input embedding has other values'}); load that base, or set base_fingerprint=None in the "
+            "loaded config to use it here on purpose"
         )

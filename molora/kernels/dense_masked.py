@@ -16,7 +16,7 @@ from molora.kernels.reference import Projection, dropout_mask, gate_ranks
 
 class _MixtureLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gates, A, B, scaling, out, dropout, seed, inplace):  # type: ignore[override]
+    def forward(ctx, x, gates, A, B, scaling, out, dropout, seed, inplace):
         with torch.autocast(x.device.type, enabled=False):
             experts = Projection(A, B, scaling)
             A_cat, B_cat = experts.cat(out.dtype)
@@ -35,7 +35,7 @@ class _MixtureLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):  # type: ignore[override]
+    def backward(ctx, grad_out):
         x, gates, A, B, shrunk = ctx.saved_tensors
         need_x, need_gates, need_A, need_B = ctx.needs_input_grad[:4]
         grad_x = grad_gates = grad_A = grad_B = None
@@ -54,10 +54,8 @@ class _MixtureLinear(torch.autograd.Function):
                     per_gate = grad_ranks.unflatten(1, (gates.shape[1], -1)).to(gates.dtype)
                     groups = (1, -1) if experts.shares_A else per_gate.shape[1:]
                     grad_gates = (per_gate * shrunk.unflatten(1, groups)).sum(-1)
-                if experts.shares_A and gates is not None:
+                if experts.shares_A:
                     grad_shrunk = (grad_ranks.unflatten(1, (gates.shape[1], -1)) * gates.unsqueeze(-1)).sum(1)
-                elif experts.shares_A:
-                    grad_shrunk = grad_ranks.unflatten(1, (experts.num_experts, -1)).sum(1)
                 else:
                     grad_shrunk = gate_ranks(grad_ranks, gates, False)
                 grad_shrunk = grad_shrunk.to(dtype)

@@ -8,6 +8,7 @@ the frozen pre-activations. Legend and formula in `reference.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def _unpack(tensors: Sequence[Tensor], scalings: Sequence[float]) -> tuple[Seque
 
 class _MixtureFFN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, act, residual, scalings, topk_ids, x, gates, *tensors):  # type: ignore[override]
+    def forward(ctx, act, residual, scalings, topk_ids, x, gates, *tensors):
         pre, ups, down = _unpack(tensors, scalings)
         ctx.act, ctx.residual, ctx.scalings = act, residual, scalings
         ctx.save_for_backward(topk_ids, x, gates, *tensors)
@@ -62,7 +63,7 @@ class _MixtureFFN(torch.autograd.Function):
             inputs = x.to(pre[0].dtype)
             base = combine(pre, act)
             hidden = base.clone() if residual else torch.zeros_like(base)
-            ranks = None if down is None else base.new_zeros(len(base), down.num_experts * down.B.shape[1])
+            ranks: Any = None if down is None else base.new_zeros(len(base), down.num_experts * down.B.shape[1])
             for choice, gate in _slots(gates, topk_ids):
                 h = combine(_adapted(inputs, pre, ups, choice), act)
                 hidden += gate.to(h.dtype) * (h - base if residual else h)
@@ -72,7 +73,7 @@ class _MixtureFFN(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_hidden, grad_ranks):  # type: ignore[override]
+    def backward(ctx, grad_hidden, grad_ranks):
         topk_ids, x, gates, *tensors = ctx.saved_tensors
         pre, ups, down = _unpack(tensors, ctx.scalings)
         with torch.autocast(x.device.type, enabled=False):
@@ -80,7 +81,7 @@ class _MixtureFFN(torch.autograd.Function):
             dtype = inputs.dtype
             grad_x, grad_gates = torch.zeros_like(inputs), torch.zeros_like(gates)
             # Contiguous, unlike zeros_like of a transposed view: they are flattened and added to in place below.
-            grads = [None if t is None else t.new_zeros(t.shape, dtype=dtype) for t in tensors]
+            grads: list[Any] = [None if t is None else t.new_zeros(t.shape, dtype=dtype) for t in tensors]
             num_pre = len(pre)
             with torch.enable_grad():
                 leaves = [p.detach().requires_grad_() for p in pre]
