@@ -151,11 +151,11 @@ def _probe_input(module: nn.Module, first_linear: str) -> Tensor:
     features = linear_features(getattr(module, first_linear))
     assert features is not None
     weights = list(module.parameters())
-    dtype = next((p.dtype for p in weights if p.is_floating_point()), torch.bfloat16)  # a quantised base computes in
-    bf16 scales = torch.tensor([1.0, 16.0, 256.0] if dtype ==
-    torch.float16 else [1.0, 100.0, 1e4]).repeat(2) x =
-    torch.randn(1, 6, features[0], generator=torch.Generator().manual_seed(0)) * scales[None, :, None] device =
-    weights[0].device if not weights[0].is_meta else "cpu"
+    # A quantised base has no floating weights and computes in bf16.
+    dtype = next((p.dtype for p in weights if p.is_floating_point()), torch.bfloat16)
+    scales = torch.tensor([1.0, 16.0, 256.0] if dtype == torch.float16 else [1.0, 100.0, 1e4]).repeat(2)
+    x = torch.randn(1, 6, features[0], generator=torch.Generator().manual_seed(0)) * scales[None, :, None]
+    device = weights[0].device if not weights[0].is_meta else "cpu"
     return x.to(device, dtype)
 
 
@@ -206,9 +206,7 @@ class MixedFFN(MoloraLayer):
         self.add_router(adapter, hidden_size, next(iter(specs.values())), name)
         self.finish(adapter, inference_mode)
 
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: nn.Module
-    ) -> tuple[torch.device | None, torch.dtype | None]:
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         return super()._get_base_layer_device_and_dtype(_innermost(getattr(base_layer, self.structure.parts[0][1])))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
