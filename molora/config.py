@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 
 from molora.routers import RouterConfig, router_config
 from molora.suggest import unknown_key_message
@@ -121,6 +124,11 @@ class MoloraConfig(PeftConfig):
             raise ValueError(unknown_key_message("bias", str(self.bias), ("none", "all", "molora_only")))
         for name, rank in self.rank_pattern.items():
             _check_positive_int(f"rank_pattern[{name!r}]", rank)
+        if self.placement == "ffn" and (self.rank_pattern or self.alpha_pattern):
+            raise ValueError(
+                "rank_pattern and alpha_pattern name linears, but with placement 'ffn' all projections of an expert share "
+                "r and lora_alpha; leave the patterns out"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform; give both or neither")
         self.target_modules = _as_list(self.target_modules)
@@ -133,6 +141,13 @@ class MoloraConfig(PeftConfig):
         self.router.check(self.num_experts)
         if self.plain_lora is not None:
             self.plain_lora = _plain_lora(self.plain_lora, self)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """As PeftConfig's, but the file appears whole or not at all, as the safetensors beside it does."""
+        os.makedirs(save_directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".tmp") as directory:
+            super().save_pretrained(directory, **kwargs)
+            os.replace(os.path.join(directory, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that makes an equal config; the router with its name."""

@@ -114,13 +114,15 @@ def _refuse_mixture_of_experts(model: nn.Module) -> None:
         )
 
 
-def _selector(config: MoloraConfig, targets: list[str] | str, exclude: list[str] | str | None) -> Callable[[str], bool]:
+def _selector(
+    config: MoloraConfig, targets: list[str] | str, exclude: list[str] | str | None, any_layer: bool = False
+) -> Callable[[str], bool]:
     """Whether a module's name is selected, by PEFT's own rules; "all-linear" selects every name but the excluded."""
     options = SimpleNamespace(
         target_modules=targets,
         exclude_modules=exclude,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
+        layers_to_transform=None if any_layer else config.layers_to_transform,
+        layers_pattern=None if any_layer else config.layers_pattern,
         modules_to_save=config.modules_to_save,
     )
 
@@ -151,7 +153,7 @@ def _select(
     names = [n for n, m in modules.items() if selected(n) and (targets != "all-linear" or m is not head)]
     wanted = targets if isinstance(targets, list) else [targets]
     for target in wanted:
-        one = _selector(config, [target] if isinstance(targets, list) else targets, None)
+        one = _selector(config, [target] if isinstance(targets, list) else targets, None, any_layer=True)
         if not any(one(name) for name in modules):
             _refuse_target(model, target, one, modules, what)
     if not names:

@@ -76,6 +76,7 @@ def trained(family: str = "llama", placement: str = "linear", steps: int = 3, **
     return model.eval()
 
 
+@torch.enable_grad()
 def train(model: torch.nn.Module, steps: int = 3, lr: float = 1e-2) -> list[float]:
     """A few steps of AdamW on one batch; the losses."""
     model.train()
