@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from molora.context import RUNTIMES, Runtime
 
@@ -76,8 +77,8 @@ def attach(runtime: Runtime, site: int, gates: Tensor, stats: Tensor) -> Tensor:
 @torch.library.custom_op("molora::observe", mutates_args=(), tags=_TAGS)
 def _observe(loss: Tensor, factor: Tensor, handle: int) -> tuple[Tensor, Tensor]:
     runtime = RUNTIMES[handle]
-    record, runtime.opened = runtime.opened, None
-    return loss.clone(), _ticket(-1 if record is None else record.number)
+    runtime.opened = None
+    return loss.clone(), _ticket(-1 if runtime.last is None else runtime.last.number)
 
 
 @_observe.register_fake
@@ -87,8 +88,7 @@ def _(loss: Tensor, factor: Tensor, handle: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("molora::observe_backward", mutates_args=(), tags=_TAGS)
 def _observe_backward(grad: Tensor, factor: Tensor, ticket: Tensor, handle: int) -> Tensor:
-    weight = grad.float().sum() * factor
-    RUNTIMES[handle].enter_backward(int(ticket), weight)
+    RUNTIMES[handle].enter_backward(int(ticket), _mean_loss_weight(grad.float(), factor))
     return grad.clone()
 
 
@@ -109,28 +109,39 @@ def _observe_grad(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None
 _observe.register_autograd(_observe_grad, setup_context=_observe_setup)
 
 
+def _mean_loss_weight(grad: Tensor, factor: Tensor) -> Tensor | None:
+    """The weight of the mean LM loss, 0-dim, from the gradient of what was observed.
+
+    None where that is no multiple of the mean LM loss: preference and policy losses push the tokens unequally.
+    """
+    if factor.dim():
+        counted = grad[factor != 0]
+        if counted.numel() and not bool((counted == counted[0]).all() & (counted[0] <= 0)):
+            return None
+    return (grad * factor).sum()
+
+
 def observe_output(runtime: Runtime, output: Any, labels: Any, kwargs: Mapping[str, Any]) -> Any:
     """The output of the base model with its loss observed.
 
-    The weight of the micro-batch's mean loss is ``d L / d loss``, times ``labels / num_items_in_batch`` where the trainer
-    passed that divisor; for TRL's per-token `log_probs` it is the sum of ``- d L / d log_probs``.
+    The weight of the micro-batch's mean loss is ``d L / d loss``, times ``labels / num_items_in_batch`` where the
+    trainer passed that divisor; for TRL's per-token `log_probs` the sum of ``- d L / d log_probs`` over label tokens.
     """
+    if not torch.compiler.is_compiling() and runtime.opened is not None:
+        # Whatever the loss is made of, its recomputations must find this forward.
+        number = runtime.opened.number
+        for value in tree_leaves(output):
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(lambda grad: runtime.enter_backward(number))
     if isinstance(output, tuple):
         # return_dict=False: a scalar in front of the logits is the loss.
         if output and isinstance(output[0], Tensor) and output[0].dim() == 0:
             return (_observed(runtime, output[0], _label_share(output[0], labels, kwargs)), *output[1:])
         return output
-    observed = False
-    for name, sign in (("loss", 1.0), ("log_probs", -1.0)):
+    for name, factor in (("loss", _label_share), ("log_probs", _label_tokens)):
         value = getattr(output, name, None)
         if isinstance(value, Tensor) and value.requires_grad:
-            share = _label_share(value, labels, kwargs) if name == "loss" else value.new_tensor(sign, dtype=torch.float32)
-            setattr(output, name, _observed(runtime, value, share))
-            observed = True
-    logits = getattr(output, "logits", None)
-    if not observed and runtime.opened is not None and isinstance(logits, Tensor) and logits.requires_grad:
-        number = runtime.opened.number  # recomputation must find this forward, though its loss is made elsewhere
-        logits.register_hook(lambda grad: runtime.enter_backward(number))
+            setattr(output, name, _observed(runtime, value, factor(value, labels, kwargs)))
     return output
 
 
@@ -138,11 +149,23 @@ def _observed(runtime: Runtime, loss: Tensor, factor: Tensor) -> Tensor:
     return _observe(loss, factor, runtime.handle)[0]
 
 
+def _targets(labels: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The label of each prediction, or None without labels."""
+    shifted: Tensor | None = kwargs.get("shift_labels")
+    return shifted if shifted is not None or labels is None else labels[..., 1:]
+
+
 def _label_share(loss: Tensor, labels: Any, kwargs: Mapping[str, Any]) -> Tensor:
     """The label tokens of this micro-batch over the trainer's divisor, 0-dim fp32; 1 where there is no divisor."""
-    items = kwargs.get("num_items_in_batch")
-    shifted = kwargs.get("shift_labels")
-    if items is None or (labels is None and shifted is None):
+    items, targets = kwargs.get("num_items_in_batch"), _targets(labels, kwargs)
+    if items is None or targets is None:
         return loss.new_ones((), dtype=torch.float32)
-    targets = shifted if shifted is not None else labels[..., 1:]
     return (targets != -100).sum().to(loss.device, torch.float32) / items
+
+
+def _label_tokens(log_probs: Tensor, labels: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    """-1 at label tokens and 0 elsewhere: trainers also sum the zeros that stand for the other tokens."""
+    targets = _targets(labels, kwargs)
+    if targets is None or targets.shape != log_probs.shape:
+        return -torch.ones_like(log_probs, dtype=torch.float32)
+    return -(targets != -100).to(log_probs.device, torch.float32)

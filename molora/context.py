@@ -27,10 +27,12 @@ from torch import Tensor, nn
 
 from molora.routers import RouterConfig
 
-_MAX_RECORDS = 256
+_MAX_RECORDS = 256  # forwards that wait for their backward
+_MAX_DONE = 8  # forwards whose backward has run, kept for a second one (retain_graph)
 _handles = itertools.count()
 
-# Operators take tensors and numbers only, so they find the runtime of a model by number. Weak: a model takes its own with it.
+# Operators take tensors and numbers only, so they find the runtime of a model by number. Weak: a model takes its own
+# with it.
 RUNTIMES: WeakValueDictionary[int, Runtime] = WeakValueDictionary()
 
 
@@ -91,12 +93,13 @@ class Runtime:
         self.opened: ForwardRecord | None = None
         self.last: ForwardRecord | None = None
         self.in_backward_of: ForwardRecord | None = None
+        self.losses: dict[str, Tensor] = {}
         self.records: OrderedDict[int, ForwardRecord] = OrderedDict()
         self._numbers = itertools.count()
         RUNTIMES[self.handle] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("handle", "token_mask", "opened", "last", "in_backward_of", "records", "_numbers")
+        transient = ("handle", "token_mask", "opened", "last", "in_backward_of", "losses", "records", "_numbers")
         return {k: v for k, v in self.__dict__.items() if k not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -147,13 +150,18 @@ class Runtime:
         from molora.aux_loss import observe_output
 
         output = observe_output(self, output, self._argument("labels", args, kwargs), kwargs)
-        if not torch.compiler.is_compiling():
-            self.opened = None
+        self.opened = None
         return output
 
     def _open(self, explicit: bool) -> ForwardRecord:
         record = ForwardRecord(next(self._numbers), self.token_mask, explicit, given_weight=self.given_weight)
+        if explicit and not torch.is_grad_enabled():
+            return record  # no backward will ask for it
         self.records[record.number] = self.last = record
+        self.in_backward_of = None
+        done = [number for number, old in self.records.items() if old.grads is not None]
+        for number in done[:-_MAX_DONE]:
+            del self.records[number]
         if len(self.records) > _MAX_RECORDS:
             self.records.popitem(last=False)
         return record
@@ -174,7 +182,8 @@ class Runtime:
         record = self.opened
         if record is not None and record.explicit and site in record.stats:
             raise RuntimeError(
-                f"{self.sites[site].name} ran twice in one training forward; router losses need one run for each forward"
+                f"{self.sites[site].name} ran twice in one training forward; router losses need one run for each "
+                "forward"
             )
         if record is None or site in record.stats:
             record = self.opened = self._open(explicit=False)
@@ -196,7 +205,7 @@ class Runtime:
         if record is None or site not in record.stats:
             raise RuntimeError(
                 f"no statistics of {self.sites[site].name} for this backward: more than {_MAX_RECORDS} forwards came "
-                "before it, or its forward ran outside training"
+                f"in between, or {_MAX_DONE} backwards since its first one, or its forward ran outside training"
             )
         if record.grads is None:
             self._compute_losses(record)
@@ -207,9 +216,11 @@ class Runtime:
         record.grads = {}
         for adapter in {self.sites[site].adapter for site in record.stats}:
             sites = [site for site in record.stats if self.sites[site].adapter == adapter]
-            losses = self.sites[sites[0]].router.losses([record.stats[site] for site in sites])
+            device = record.stats[sites[0]].device  # a model may lie on several
+            losses = self.sites[sites[0]].router.losses([record.stats[site].to(device) for site in sites])
             record.losses[adapter] = losses.value
             record.grads.update(zip(sites, losses.grads, strict=True))
+        self.losses = record.losses
 
     def _weight(self, record: ForwardRecord, like: Tensor) -> Tensor:
         if record.given_weight is not None:
@@ -219,8 +230,8 @@ class Runtime:
         if not self.warned:
             self.warned = True
             warnings.warn(
-                "the loss of this backward was not the model's own, so molora cannot read its weight and gives the router "
-                "losses weight 1; set it with `with model.aux_weight(w):` around the forward",
+                "the loss of this backward was not the model's own, so molora cannot read its weight and gives the "
+                "router losses weight 1; set it with `with model.aux_weight(w):` around the forward",
                 stacklevel=2,
             )
         return torch.ones_like(like[0])
@@ -263,9 +274,9 @@ def runtime_of(model: nn.Module) -> Runtime:
 def aux_weight(model: nn.Module, weight: float) -> Iterator[None]:
     """Gives the router losses of the forwards inside a weight of your own, for losses that the model does not compute.
 
-    The total is ``L = sum_m w_m (CE_m + aux_m)`` over the micro-batches m of a step, with w_m the weight of the mean loss
-    of micro-batch m: 1 / accumulation steps for an average of equal micro-batches. With an fp16 loss scale, times that
-    scale. Without this, the weight is read off the gradient of the model's own `loss`.
+    The total is ``L = sum_m w_m (CE_m + aux_m)`` over the micro-batches m of a step, with w_m the weight of the mean
+    loss of micro-batch m: 1 / accumulation steps for an average of equal micro-batches. With an fp16 loss scale, times
+    that scale. Without this, the weight is read off the gradient of the model's own `loss`.
     """
     runtime = runtime_of(model)
     before, runtime.given_weight = runtime.given_weight, float(weight)
@@ -289,5 +300,4 @@ def routing_statistics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 def router_losses(model: nn.Module) -> dict[str, Tensor]:
     """For each adapter the value of its router losses (0-dim) in the last forward whose backward has run."""
-    record = runtime_of(model).in_backward_of
-    return dict(record.losses) if record else {}
+    return dict(runtime_of(model).losses)
