@@ -1,0 +1,306 @@
+"""The oracle of every gradient test: the loss with its router losses written by hand, and trainers to compare with it.
+
+``L = sum_m w_m (CE_m + aux_m)`` over the micro-batches m. Only the forward of the layers is molora's own: cross
+entropy, routing statistics, losses and weights are computed here with plain torch from captured router inputs, and
+molora's hooks on the gates and on the loss are switched off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from molora import MoloraConfig
+from molora.layers import MoloraLayer
+
+VOCAB = 97
+NUM_EXPERTS = 4
+TOP_K = 2
+AUX = 0.1
+Z = 0.01
+CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
+Batch = dict[str, Tensor]
+Gradients = dict[str, Tensor]
+
+
+def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+    """Three layers of width 32 with larger weights than the default, so that tokens differ in their routing."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        initializer_range=0.1,
+        pad_token_id=0,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def mixture_config(placement: str = "linear", pool: bool = True, **options: Any) -> MoloraConfig:
+    """A mixture with a balance loss and a z-loss; `router` options are merged into the router's own."""
+    router = {
+        "name": "top_k",
+        "top_k": TOP_K,
+        "router_aux_loss_coef": AUX,
+        "router_z_loss_coef": Z,
+        "pool_layers": pool,
+        "init_std": 0.2,
+        **options.pop("router", {}),
+    }
+    return MoloraConfig(
+        **{"num_experts": NUM_EXPERTS, "r": 4, "lora_alpha": 4, "placement": placement, "router": router, **options}
+    )
+
+
+def mixture(placement: str = "linear", zero_B: bool = False, pool: bool = True, **options: Any) -> PeftModel:
+    """A fresh model in training mode; equal arguments give equal weights."""
+    base = tiny_llama()
+    torch.manual_seed(1)
+    model = get_peft_model(base, mixture_config(placement, pool, init_lora_weights=zero_B, **options))
+    return model.train()
+
+
+def use_checkpointing(model: nn.Module, kind: str) -> None:
+    """Switches activation checkpointing on, by the words of CHECKPOINTING."""
+    if CHECKPOINTING[kind]:
+        model.enable_input_require_grads()  # or nothing in a frozen base asks for a gradient
+    if CHECKPOINTING[kind] is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": CHECKPOINTING[kind]})
+
+
+def micro_batches(count: int, padding: str = "left", seed: int = 5) -> list[Batch]:
+    """Micro-batches of two rows with unequal lengths and unequal numbers of label tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    batches = []
+    for _ in range(count):
+        length = draw(7, 13)
+        ids = torch.randint(3, VOCAB, (2, length), generator=generator)
+        mask = torch.ones_like(ids)
+        pad = draw(2, 5)
+        mask[1, :pad] = 0
+        if padding == "right":
+            mask = mask.flip(1)
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[0, : draw(1, length - 2)] = -100  # a prompt that is not learned
+        batches.append({"input_ids": ids * mask, "attention_mask": mask, "labels": labels})
+    return batches
+
+
+def label_tokens(batch: Batch) -> int:
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def token_weights(batches: Sequence[Batch]) -> list[float]:
+    """The weights of Trainer and SFTTrainer: every label token of the step counts the same."""
+    counts = [label_tokens(batch) for batch in batches]
+    return [n / sum(counts) for n in counts]
+
+
+# -- the hand-written loss -------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over label tokens, written out."""
+    targets = labels[:, 1:]
+    log_probs = logits[:, :-1].float() - logits[:, :-1].float().logsumexp(-1, keepdim=True)
+    picked = log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    keep = targets != -100
+    return -(picked * keep).sum() / keep.sum()
+
+
+@contextlib.contextmanager
+def router_inputs(model: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor]]]:
+    """Collects (router, its input) of the forwards inside, with molora's own loss switched off."""
+    seen: list[tuple[nn.Module, Tensor]] = []
+    handles = [
+        router.register_forward_pre_hook(lambda module, args: seen.append((module, args[0])))
+        for layer in model.modules()
+        if isinstance(layer, MoloraLayer)
+        for router in layer.molora_router.values()
+    ]
+    off = (
+        mock.patch("molora.layers.attach", lambda runtime, site, gates, stats: gates),
+        mock.patch("molora.aux_loss.observe_output", lambda runtime, output, labels, kwargs: output),
+    )
+    with off[0], off[1]:
+        yield seen
+    for handle in handles:
+        handle.remove()
+
+
+def router_loss(inputs: Sequence[tuple[nn.Module, Tensor]], mask: Tensor | None, pool: bool) -> Tensor:
+    """The balance and z-loss of one micro-batch, padding excluded: E sum_i F_i P_i with F detached."""
+    loads, probabilities, zs = [], [], []
+    for router, x in inputs:
+        logits = x.double() @ router.weight.double().T
+        if mask is not None:
+            logits = logits[mask.flatten().bool()]
+        exp = (logits - logits.detach().amax(1, keepdim=True)).exp()
+        p = exp / exp.sum(1, keepdim=True)
+        chosen = p.detach() >= p.detach().sort(1, descending=True).values[:, TOP_K - 1 : TOP_K]
+        loads.append(chosen.double().mean(0))
+        probabilities.append(p.mean(0))
+        zs.append((torch.logsumexp(logits, 1) ** 2).mean())
+    load, probability = torch.stack(loads), torch.stack(probabilities)
+    if pool:
+        balance = NUM_EXPERTS * (load.mean(0) * probability.mean(0)).sum()
+    else:
+        balance = NUM_EXPERTS * (load * probability).sum(1).mean()
+    return AUX * balance + Z * torch.stack(zs).mean()
+
+
+def hand_written(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    weights: Sequence[float],
+    pool: bool = True,
+    aux_weights: Sequence[float] | None = None,
+    lm_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+) -> Gradients:
+    """The gradients of the loss written by hand; `aux_weights` where the router losses have weights of their own."""
+    for p in model.parameters():
+        p.grad = None
+    for batch, weight, aux in zip(batches, weights, aux_weights or weights, strict=True):
+        with router_inputs(model) as inputs:
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
+        loss = weight * lm_loss(logits, batch["labels"]) + aux * router_loss(inputs, batch.get("attention_mask"), pool)
+        loss.backward()
+    return take_gradients(model)
+
+
+def take_gradients(model: nn.Module) -> Gradients:
+    """The gradients of all trainable parameters, by name; clears them."""
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    for p in model.parameters():
+        p.grad = None
+    return found
+
+
+def relative_error(got: Gradients, want: Gradients, only: str = "") -> float:
+    """The largest ``|got - want| / |want|`` over the parameters whose name contains `only`; names must agree, and what
+    should be zero must be zero."""
+    assert got.keys() == want.keys(), got.keys() ^ want.keys()
+    names = [n for n in want if only in n]
+    assert names
+    for name in names:
+        if not bool(want[name].any()):
+            assert not bool(got[name].any()), f"{name} should have no gradient"
+    return max(float((got[n] - want[n]).norm() / want[n].norm()) for n in names if bool(want[n].any()))
+
+
+# -- trainers --------------------------------------------------------------------------------------------------------
+
+
+class CaptureGradients(transformers.TrainerCallback):
+    """Keeps the gradients of every step as they are right before it."""
+
+    def __init__(self) -> None:
+        self.steps: list[Gradients] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.steps.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+        )
+
+
+def training_options(accumulation: int, checkpointing: str, steps: int, output_dir: str) -> dict[str, Any]:
+    """Arguments that leave the gradient alone: SGD without clipping at learning rate 0, fp32."""
+    kind = CHECKPOINTING[checkpointing]
+    return {
+        "output_dir": output_dir,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": steps,
+        "learning_rate": 0.0,
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+        "bf16": False,
+        "gradient_checkpointing": kind is not None,
+        "gradient_checkpointing_kwargs": None if kind is None else {"use_reentrant": kind},
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+
+
+def make_trainer(
+    trainer: str, model: nn.Module, batches: Sequence[Batch], options: dict[str, Any], **more: Any
+) -> transformers.Trainer:
+    """A Trainer ("trainer") or SFTTrainer ("sft") for which each row of the data set is one of the micro-batches."""
+
+    def collate(rows: list[dict[str, int]]) -> Batch:
+        (row,) = rows
+        return dict(batches[row["index"]])
+
+    rows = [{"index": i} for i in range(len(batches))]
+    if trainer == "trainer":
+        return transformers.Trainer(
+            model, transformers.TrainingArguments(**options), data_collator=collate, train_dataset=rows, **more
+        )
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
+        model,
+        SFTConfig(**options, dataset_kwargs={"skip_prepare_dataset": True}),
+        data_collator=collate,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=_tokenizer(),
+        **more,
+    )
+
+
+def _tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """SFTTrainer asks for one, though the rows are tokenised already."""
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {f"t{i}": i for i in range(VOCAB)}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t1")),
+        pad_token="t0",
+        unk_token="t1",
+        eos_token="t2",
+    )
+
+
+def trainer_gradients(
+    trainer: str,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    checkpointing: str = "none",
+    steps: int = 2,
+    prepare: Callable[[transformers.Trainer], None] = lambda trainer: None,
+    **options: Any,
+) -> list[Gradients]:
+    """Trains `steps` steps over all `batches` each, and returns the gradients of every step."""
+    capture = CaptureGradients()
+    if CHECKPOINTING[checkpointing]:
+        model.enable_input_require_grads()
+    with tempfile.TemporaryDirectory() as output_dir:
+        arguments = training_options(len(batches), checkpointing, steps, output_dir) | options
+        run = make_trainer(trainer, model, batches, arguments, callbacks=[capture])
+        prepare(run)
+        run.train()
+    assert len(capture.steps) == steps
+    return capture.steps
