@@ -68,17 +68,29 @@ class SharedRouting:
 
     def clear(self) -> None:
         self.x: Tensor | None = None
+        self.version = 0
         self.routing: Routing | None = None
         self.uses = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "x": None, "routing": None, "uses": 0}
 
+    def _same(self, x: Tensor) -> bool:
+        """Whether `x` is what was routed, or an alias of it: ZeRO-3 hands each linear an alias of its own."""
+        if self.x is x or self.x is None or torch.compiler.is_compiling():
+            return self.x is x
+        return (
+            self.x.data_ptr() == x.data_ptr()
+            and self.x.shape == x.shape
+            and self.x.stride() == x.stride()
+            and self.x._version == self.version
+        )
+
     def get(self, adapter: str, x: Tensor) -> Routing:
         """The routing of `x`, computed once for all members that pass the same tensor."""
-        if self.x is not x or self.routing is None:
+        if self.routing is None or not self._same(x):
             assert self.owner is not None
-            self.routing, self.x, self.uses = self.owner.route(adapter, x), x, 0
+            self.routing, self.x, self.version, self.uses = self.owner.route(adapter, x), x, x._version, 0
         routing = self.routing
         self.uses += 1
         if self.uses >= self.members:
