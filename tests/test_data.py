@@ -18,7 +18,8 @@ ROWS = [{"q": "one and one", "a": "two"}, {"q": "two and two", "a": "four"}, {"q
 
 CHATML = (
     "{% for m in messages %}{{ '|' + m['role'] + ':' }}"
-    "{% if m['role'] == 'assistant' %}MARK{{ m['content'] + '</s>' }}END{% else %}{{ m['content'] + '</s>' }}{% endif %}"
+    "{% if m['role'] == 'assistant' %}MARK{{ m['content'] + '</s>' }}END"
+    "{% else %}{{ m['content'] + '</s>' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '|assistant:' }}{% endif %}"
 )
 MARKED = CHATML.replace("MARK", "{% generation %}").replace("END", "{% endgeneration %}")

@@ -141,6 +141,7 @@ def test_overrides_reach_any_depth_and_are_checked_alike(tmp_path: Path) -> None
     [
         ("training", "must read key.sub=value"),
         ("tasks.summs.limit=3", r"no item 'summs' in a list of 1; use an index or one of the names \['sums'\]"),
+        ("tasks.sums.prompt=Q: {q} A:", "the value is not valid YAML; put it in quotes"),
         ("schema.x=1", "'schema' holds 'a', which has no keys"),
     ],
 )

@@ -33,7 +33,7 @@ def load_base(model: str, *, dtype: str = "auto", quantization: str | None = Non
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     elif quantization == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return AutoModelForCausalLM.from_pretrained(
         resolve(model),
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),

@@ -98,7 +98,10 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
         node: Any = data
         for part in parents:
             node = _step(node, part, override)
-        value = expand_variables(parse_yaml(text), path)
+        try:
+            value = expand_variables(parse_yaml(text), path)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {override!r}: the value is not valid YAML; put it in quotes") from error
         if isinstance(node, list):
             node[_position(node, last, override)] = value
         else:
