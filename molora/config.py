@@ -126,8 +126,8 @@ class MoloraConfig(PeftConfig):
             _check_positive_int(f"rank_pattern[{name!r}]", rank)
         if self.placement == "ffn" and (self.rank_pattern or self.alpha_pattern):
             raise ValueError(
-                "rank_pattern and alpha_pattern name linears, but with placement 'ffn' all projections of an expert share "
-                "r and lora_alpha; leave the patterns out"
+                "rank_pattern and alpha_pattern name linears, but with placement 'ffn' all projections of an expert "
+                "share r and lora_alpha; leave the patterns out"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform; give both or neither")

@@ -17,7 +17,7 @@ import inspect
 import itertools
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -54,7 +54,9 @@ class ForwardRecord:
         token_mask: (T,) bool, or None: every token counts.
         explicit: whether the base model's hooks opened it; a compiled forward opens its own at the first statistics.
         stats: for each site the (S,) statistics, detached.
-        weight: 0-dim, the weight the trainer gives this forward's mean LM loss; None until its backward begins.
+        weights: what each observed output adds to the weight the trainer gives this forward's mean LM loss, 0-dim; None
+            where the loss is no multiple of it. Filled as a backward begins, anew in each.
+        backward: the backward that filled `weights`.
         given_weight: the weight set by `aux_weight`, which then holds.
         grads: for each site the gradient of the losses; made at the first backward, when all layers have recorded.
         losses: for each adapter the value of its router losses, 0-dim.
@@ -64,7 +66,8 @@ class ForwardRecord:
     token_mask: Tensor | None = None
     explicit: bool = True
     stats: dict[int, Tensor] = field(default_factory=dict)
-    weight: Tensor | None = None
+    weights: list[Tensor | None] = field(default_factory=list)
+    backward: int = -1
     given_weight: float | None = None
     grads: dict[int, Tensor] | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -108,8 +111,16 @@ class Runtime:
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
-    def install(self, model: nn.Module) -> None:
-        """Hooks itself onto the base model and names itself there."""
+    def install(
+        self, model: nn.Module, observe: Callable[..., Any], verify: Callable[[nn.Module, Runtime], None]
+    ) -> None:
+        """Hooks itself onto the base model and names itself there.
+
+        Args:
+            observe: gets (runtime, output, labels, kwargs) of a training forward and returns the output.
+            verify: gets the model before the first forward after adapters were loaded past PEFT's own functions.
+        """
+        self._observe, self._verify = observe, verify
         model.molora_runtime = self  # type: ignore[assignment]
         parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self._positions = {name: i for i, name in enumerate(parameters)}
@@ -135,9 +146,7 @@ class Runtime:
         if torch.compiler.is_compiling():
             return
         if self.unverified:
-            from molora.integrations.peft import verify_loaded
-
-            verify_loaded(model, self)
+            self._verify(model, self)
         self.opened = self._open(explicit=True) if model.training else None
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
@@ -147,9 +156,7 @@ class Runtime:
         if not model.training or not torch.is_grad_enabled():
             self.opened = None
             return None
-        from molora.aux_loss import observe_output
-
-        output = observe_output(self, output, self._argument("labels", args, kwargs), kwargs)
+        output = self._observe(self, output, self._argument("labels", args, kwargs), kwargs)
         self.opened = None
         return output
 
@@ -192,12 +199,21 @@ class Runtime:
 
     # -- backward --------------------------------------------------------------------------------------------------
 
-    def enter_backward(self, number: int, weight: Tensor | None = None) -> None:
-        """Called when the backward of forward `number` begins, with the weight of its loss where that is known."""
+    def enter_backward(self, number: int) -> ForwardRecord | None:
+        """Called as the backward enters forward `number` through one of its outputs."""
         record = self.records.get(number)
         if record is not None:
             self.in_backward_of = record
-            record.weight = weight if weight is not None else record.weight
+            task = torch._C._current_graph_task_id()
+            if record.backward != task:
+                record.backward, record.weights = task, []
+        return record
+
+    def add_weight(self, number: int, weight: Tensor | None) -> None:
+        """Called with the weight that one output of forward `number` gives its mean LM loss, None if it gives another."""
+        record = self.enter_backward(number)
+        if record is not None:
+            record.weights.append(weight)
 
     def gradient(self, number: int, site: int) -> Tensor:
         """weight * d losses / d statistics of one site, (S,), for the forward with this number."""
@@ -225,8 +241,9 @@ class Runtime:
     def _weight(self, record: ForwardRecord, like: Tensor) -> Tensor:
         if record.given_weight is not None:
             return torch.full_like(like[0], record.given_weight)
-        if record.weight is not None:
-            return record.weight.to(like)
+        weights = [weight for weight in record.weights if weight is not None]
+        if weights and len(weights) == len(record.weights):
+            return torch.stack(weights).sum().to(like)
         if not self.warned:
             self.warned = True
             warnings.warn(

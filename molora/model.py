@@ -11,12 +11,13 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from molora.aux_loss import observe_output
 from molora.config import MoloraConfig
 from molora.context import Runtime, aux_weight
 from molora.ffn import MixedFFN
-from molora.integrations import peft as peft_integration
 from molora.kernels import selection
 from molora.layers import NOT_MERGEABLE, MixedLinear, MoloraLayer, SharedRouting
+from molora.loading import base_fingerprint, check_state_dict, verify_loaded
 from molora.plan import FFNPlan, LinearPlan, plan_conversion
 
 
@@ -47,7 +48,7 @@ class MoloraModel(BaseTuner):
         fresh = runtime is None
         self._runtime: Runtime = runtime or Runtime()
         if fresh:
-            self._runtime.install(model)
+            self._runtime.install(model, observe_output, verify_loaded)
         targets, excluded = config.target_modules, config.exclude_modules
         config.exclude_modules = None  # the plan has left them out; PEFT would warn that it found none to exclude
         try:
@@ -145,7 +146,7 @@ class MoloraModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         assert isinstance(config, MoloraConfig)
-        config.base_fingerprint = peft_integration.base_fingerprint(model)
+        config.base_fingerprint = base_fingerprint(model)
         return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
@@ -153,5 +154,5 @@ class MoloraModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        peft_integration.check_state_dict(model, config, adapter_name, remapped)
+        check_state_dict(model, config, adapter_name, remapped)
         return remapped
