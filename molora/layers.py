@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from molora.aux_loss import attach
@@ -188,13 +189,18 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         B: Tensor = getattr(self, f"molora_B{part}")[adapter]()
         return Projection(A, B, spec.scaling)
 
-    def draw_dropout(self, adapter: str, part: str) -> dict[str, Any]:
-        """Probability and seed of this forward's dropout mask; the seed comes from torch's own CPU generator, so that
-        activation checkpointing, which restores that, makes the same mask again."""
+    def drop(self, adapter: str, part: str, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The experts' input with dropout, or the input and what makes a kernel drop: probability and seed.
+
+        The seed comes from torch's own CPU generator, which activation checkpointing restores, so that a recomputation
+        makes the same mask. A compiler draws its own random numbers and cannot read a seed.
+        """
         p = self.molora_specs[adapter][part].lora_dropout
         if not (self.training and p):
-            return {}
-        return {"dropout": p, "seed": int(torch.randint(2**62, (), dtype=torch.int64))}
+            return x, {}
+        if torch.compiler.is_compiling():
+            return functional.dropout(x, p), {}
+        return x, {"dropout": p, "seed": int(torch.randint(2**62, (), dtype=torch.int64))}
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -250,14 +256,10 @@ class MixedLinear(MoloraLayer):
             if self.molora_specs[adapter][""].router is not None:
                 shared = self.molora_shared.get(adapter)
                 gates = (self.route(adapter, x) if shared is None else shared.get(adapter, x)).gates
+            inplace = owns_output(self.base_layer, x, out)
+            inputs, dropout = self.drop(adapter, "", x)
             out = selection.mixture_linear(
-                self.molora_runtime.kernel,
-                x,
-                gates,
-                experts,
-                out,
-                inplace=owns_output(self.base_layer, x, out),
-                **self.draw_dropout(adapter, ""),
+                self.molora_runtime.kernel, inputs, gates, experts, out, inplace=inplace, **dropout
             )
         return out
 
@@ -268,7 +270,7 @@ def owns_output(base_layer: nn.Module, x: Tensor, out: Tensor) -> bool:
     return (
         type(base_layer) in (nn.Linear, Conv1D)
         and not base_layer._forward_hooks
-        and not hasattr(base_layer, "_hf_hook")
+        and "forward" not in vars(base_layer)  # replaced on the instance, as accelerate does
         and out is not x
         and out._base is None
         and out.is_contiguous()

@@ -41,6 +41,19 @@ def test_autocast_trains_and_routes_as_without(placement: str):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_compiled_model_drops_and_trains(placement: str):
+    model = get_peft_model(base_model(), config(placement, lora_dropout=0.5)).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    losses = [compiled(**batch()).loss for _ in range(2)]
+    losses[0].backward()
+    fresh = {n: p.grad for n, p in model.named_parameters() if "molora_B" in n}
+    assert fresh and all(grad is not None and grad.abs().sum() > 0 for grad in fresh.values())
+    train(model, 2)
+    assert compiled(**batch()).loss != compiled(**batch()).loss
+
+
 def _arguments(tmp_path: Path, **options: object) -> dict[str, object]:
     return {
         "output_dir": str(tmp_path),
