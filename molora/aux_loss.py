@@ -88,7 +88,7 @@ def _(loss: Tensor, factor: Tensor, handle: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("molora::observe_backward", mutates_args=(), tags=_TAGS)
 def _observe_backward(grad: Tensor, factor: Tensor, ticket: Tensor, handle: int) -> Tensor:
-    RUNTIMES[handle].enter_backward(int(ticket), _mean_loss_weight(grad.float(), factor))
+    RUNTIMES[handle].add_weight(int(ticket), _mean_loss_weight(grad.float(), factor))
     return grad.clone()
 
 
@@ -100,9 +100,12 @@ def _(grad: Tensor, factor: Tensor, ticket: Tensor, handle: int) -> Tensor:
 def _observe_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.handle = inputs[2]
     ctx.save_for_backward(inputs[1], output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _observe_grad(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+def _observe_grad(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None]:
+    if grad is None:  # an output nobody used; DDP connects it all the same
+        return None, None, None
     return _observe_backward(grad, *ctx.saved_tensors, ctx.handle), None, None
 
 
@@ -132,7 +135,7 @@ def observe_output(runtime: Runtime, output: Any, labels: Any, kwargs: Mapping[s
         number = runtime.opened.number
         for value in tree_leaves(output):
             if isinstance(value, Tensor) and value.requires_grad:
-                value.register_hook(lambda grad: runtime.enter_backward(number))
+                value.register_hook(lambda grad: runtime.enter_backward(number) and None)
     if isinstance(output, tuple):
         # return_dict=False: a scalar in front of the logits is the loss.
         if output and isinstance(output[0], Tensor) and output[0].dim() == 0:

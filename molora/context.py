@@ -210,7 +210,7 @@ class Runtime:
         return record
 
     def add_weight(self, number: int, weight: Tensor | None) -> None:
-        """Called with the weight that one output of forward `number` gives its mean LM loss, None if it gives another."""
+        """Called with the weight that an output of forward `number` gives its mean LM loss; None: no multiple of it."""
         record = self.enter_backward(number)
         if record is not None:
             record.weights.append(weight)

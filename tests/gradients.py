@@ -65,9 +65,11 @@ def mixture_config(placement: str = "linear", pool: bool = True, **options: Any)
     )
 
 
-def mixture(placement: str = "linear", zero_B: bool = False, pool: bool = True, **options: Any) -> PeftModel:
-    """A fresh model in training mode; equal arguments give equal weights."""
-    base = tiny_llama()
+def mixture(
+    placement: str = "linear", zero_B: bool = False, pool: bool = True, base: nn.Module | None = None, **options: Any
+) -> PeftModel:
+    """A fresh model in training mode, of `tiny_llama()` if no base is given; equal arguments give equal weights."""
+    base = tiny_llama() if base is None else base
     torch.manual_seed(1)
     model = get_peft_model(base, mixture_config(placement, pool, init_lora_weights=zero_B, **options))
     return model.train()
@@ -215,9 +217,8 @@ class CaptureGradients(transformers.TrainerCallback):
         self.steps: list[Gradients] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        self.steps.append(
-            {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-        )
+        found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+        self.steps.append({n.removeprefix("module."): grad.clone() for n, grad in found.items()})  # DDP's prefix
 
 
 def training_options(accumulation: int, checkpointing: str, steps: int, output_dir: str) -> dict[str, Any]:
@@ -245,9 +246,12 @@ def training_options(accumulation: int, checkpointing: str, steps: int, output_d
 
 
 def make_trainer(
-    trainer: str, model: nn.Module, batches: Sequence[Batch], options: dict[str, Any], **more: Any
+    trainer: str, make_model: Callable[[], nn.Module], batches: Sequence[Batch], options: dict[str, Any], **more: Any
 ) -> transformers.Trainer:
-    """A Trainer ("trainer") or SFTTrainer ("sft") for which each row of the data set is one of the micro-batches."""
+    """A Trainer ("trainer") or SFTTrainer ("sft") for which each row of the data set is one of the micro-batches.
+
+    The model is made after the arguments: under ZeRO-3 they decide how it is loaded.
+    """
 
     def collate(rows: list[dict[str, int]]) -> Batch:
         (row,) = rows
@@ -255,15 +259,15 @@ def make_trainer(
 
     rows = [{"index": i} for i in range(len(batches))]
     if trainer == "trainer":
-        return transformers.Trainer(
-            model, transformers.TrainingArguments(**options), data_collator=collate, train_dataset=rows, **more
-        )
+        arguments = transformers.TrainingArguments(**options)
+        return transformers.Trainer(make_model(), arguments, data_collator=collate, train_dataset=rows, **more)
     import datasets
     from trl import SFTConfig, SFTTrainer
 
+    arguments = SFTConfig(**options, dataset_kwargs={"skip_prepare_dataset": True})
     return SFTTrainer(
-        model,
-        SFTConfig(**options, dataset_kwargs={"skip_prepare_dataset": True}),
+        make_model(),
+        arguments,
         data_collator=collate,
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=_tokenizer(),
@@ -299,7 +303,7 @@ def trainer_gradients(
         model.enable_input_require_grads()
     with tempfile.TemporaryDirectory() as output_dir:
         arguments = training_options(len(batches), checkpointing, steps, output_dir) | options
-        run = make_trainer(trainer, model, batches, arguments, callbacks=[capture])
+        run = make_trainer(trainer, lambda: model, batches, arguments, callbacks=[capture])
         prepare(run)
         run.train()
     assert len(capture.steps) == steps

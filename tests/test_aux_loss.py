@@ -415,6 +415,20 @@ def test_log_probs_of_trl(kind: str) -> None:
     assert any(NOT_LM in str(w.message) for w in caught) == (kind == "preference")
 
 
+def test_weights_of_two_outputs_add_up() -> None:
+    """TRL's forward returns loss and log_probs; a compiled graph or DDP may hand the unused one zeros."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    (batch,) = micro_batches(1)
+    for share in (0.0, 0.25):
+        want = hand_written(mixture(), [batch], [1.0])
+        model = mixture()
+        utils.add_fused_lm_head(model.get_base_model())
+        output = model(**batch, fused_lm_head=True)
+        mean = -output.log_probs.sum() / label_tokens(batch)
+        (share * output.loss + (1 - share) * mean).backward()
+        assert relative_error(take_gradients(model), want) <= EXACT
+
+
 # -- ways of calling -------------------------------------------------------------------------------------------------
 
 
