@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -222,6 +224,15 @@ def test_registration_leaves_pefts_enum_alone_and_is_idempotent():
     assert before == PEFT_TYPE_TO_CONFIG_MAPPING
     assert "MOLORA" not in [t.value for t in peft.PeftType]
     assert pickle.loads(pickle.dumps(MoloraConfig())) == MoloraConfig()
+
+
+def test_importing_molora_imports_nothing_but_molora_beyond_peft():
+    code = (
+        "import sys, peft; before = set(sys.modules); import molora;"
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['molora']"
 
 
 def test_a_config_survives_its_file(tmp_path: Path):
