@@ -1,13 +1,7 @@
-"""An FFN block whose experts are whole FFNs: recognised by structure, confirmed by a numeric probe, mixed with one
-down-projection (MixLoRA, arXiv 2404.15159, section 3.2)."""
+"""A frozen FFN with a mixture of FFN experts and one down-projection (MixLoRA, arXiv 2404.15159, section 3.2)."""
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,170 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from molora.context import Runtime
+from molora.ffn_structure import FFNStructure
 from molora.kernels import selection
-from molora.kernels.reference import combine
 from molora.layers import MixtureSpec, MoloraLayer, linear_features
-
-_BARE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (functional.silu, functional.gelu, functional.relu)
-
-
-@dataclass(frozen=True)
-class FFNStructure:
-    """How to take an FFN module apart; the strings are names of its attributes.
-
-    ``down(act(gate(x)) * up(x))`` (gated), the same with one linear for gate and up (fused), or ``down(act(up(x)))``.
-
-    Attributes:
-        parts: the linears, each with the part it plays: "gate", "up", "gate_up" or "down".
-        act: attribute name of the activation, or the function itself where the module calls it by name.
-        up_first: in a fused gate-up, whether the first half of the output is up.
-        dropout: the dropout after the down-projection, if there is one.
-    """
-
-    parts: tuple[tuple[str, str], ...]
-    act: str | Callable[[Tensor], Tensor]
-    up_first: bool = False
-    dropout: str | None = None
-
-    @property
-    def names(self) -> dict[str, str]:
-        return dict(self.parts)
-
-    def activation(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The activation; for a fused gate-up the map of its whole output (..., 2F) to act(gate) * up (..., F), so that
-        the halves keep the memory layout they have in the module, and with it the last bit of the activation."""
-        act = getattr(module, self.act) if isinstance(self.act, str) else self.act
-        if getattr(act, "inplace", False):
-            in_place, act = act, lambda x: in_place(x.clone())  # the pre-activations are read again for each expert
-        if "gate_up" not in self.names:
-            return act
-
-        def fused(gate_up: Tensor) -> Tensor:
-            first, second = gate_up.chunk(2, dim=-1)
-            return act(second) * first if self.up_first else act(first) * second
-
-        return fused
-
-    def pre_activations(self, module: nn.Module, x: Tensor) -> list[Tensor]:
-        """The outputs of the linears before the activation: [gate, up], [gate_up] or [up]."""
-        return [getattr(module, name)(x) for part, name in self.parts if part != "down"]
-
-    def run(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The FFN by its parts; equals ``module(x)`` where the structure is right.
-
-        Raises:
-            ValueError: the activation works in place, and nothing says so.
-        """
-        pre = self.pre_activations(module, x)
-        versions = [p._version for p in pre]
-        hidden = combine(pre, self.activation(module))
-        if versions != [p._version for p in pre]:
-            raise ValueError("its activation works in place, which would overwrite what the other experts read")
-        out: Tensor = getattr(module, self.names["down"])(hidden)
-        return getattr(module, self.dropout)(out) if self.dropout else out
-
-
-def _candidates(module: nn.Module) -> Iterator[FFNStructure]:
-    """Every way in which the direct children of `module` could be an FFN, by the shapes of its linears."""
-    linears = {n: f for n, m in module.named_children() if (f := linear_features(m)) is not None}
-    if len(linears) not in (2, 3) or "Attention" in type(module).__name__:
-        return
-    others = {n: m for n, m in module.named_children() if n not in linears}
-    dropouts = [n for n, m in others.items() if isinstance(m, nn.Dropout)]
-    acts: list[str | Callable[[Tensor], Tensor]] = [
-        n for n, m in others.items() if n not in dropouts and not any(True for _ in m.parameters())
-    ]
-    acts += [n for n, v in vars(module).items() if callable(v) and not n.startswith("_") and n != "forward"]
-    acts += _BARE_ACTIVATIONS
-    # Guesses in the order of forward's own reading: gate before up, dropout last.
-    for order in itertools.permutations(linears):
-        (d_in, width), (f_in, d_out) = linears[order[0]], linears[order[-1]]
-        if d_in != d_out or linears[order[-2]] != (d_in, width):
-            continue
-        if len(order) == 3 and f_in == width:
-            layouts = [(tuple(zip(("gate", "up", "down"), order, strict=True)), False)]
-        elif len(order) == 2 and width == 2 * f_in:
-            layouts = [((("gate_up", order[0]), ("down", order[1])), up_first) for up_first in (False, True)]
-        elif len(order) == 2 and width == f_in:
-            layouts = [((("up", order[0]), ("down", order[1])), False)]
-        else:
-            continue
-        for (parts, up_first), act in itertools.product(layouts, acts):
-            yield FFNStructure(parts, act, up_first, dropouts[-1] if dropouts else None)
-
-
-def looks_like_ffn(module: nn.Module) -> bool:
-    """Whether the linears among the direct children have the shapes of an FFN."""
-    return not isinstance(module, BaseTunerLayer) and next(_candidates(module), None) is not None
-
-
-@torch.no_grad()
-def probe_ffn(module: nn.Module) -> FFNStructure:
-    """Finds the structure whose decomposition equals the module's own output on random inputs.
-
-    The inputs span magnitudes, so that a clamp shows; dropout is on with the same random numbers on both sides, so that
-    its place is checked too. A module without data (meta device) is probed as a copy with random weights.
-
-    Raises:
-        ValueError: it has the linears of an FFN but computes something else; says what was tried.
-    """
-    module = _with_data(module)
-    candidates = list(_candidates(module))
-    x = _probe_input(module, candidates[0].parts[0][1])
-    training = module.training
-    try:
-        module.train()
-        try:
-            want = _seeded(module, x)
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise ValueError(f"its forward does not work on one hidden state alone ({error})") from None
-        if isinstance(want, Tensor):
-            for structure in candidates:
-                try:
-                    got = _seeded(partial(structure.run, module), x)
-                except (TypeError, RuntimeError, AttributeError):
-                    continue  # what this guess takes for the activation is something else
-                if got.shape == want.shape and _equal(got, want):
-                    return structure
-    finally:
-        module.train(training)
-    raise ValueError("its output is not down(act(gate(x)) * up(x)) nor down(act(up(x))) of its own parts")
-
-
-def _probe_input(module: nn.Module, first_linear: str) -> Tensor:
-    """(1, 6, D) on the device and in the dtype of the module, two rows of each magnitude."""
-    features = linear_features(getattr(module, first_linear))
-    assert features is not None
-    weights = list(module.parameters())
-    # A quantised base has no floating weights and computes in bf16.
-    dtype = next((p.dtype for p in weights if p.is_floating_point()), torch.bfloat16)
-    scales = torch.tensor([1.0, 16.0, 256.0] if dtype == torch.float16 else [1.0, 100.0, 1e4]).repeat(2)
-    x = torch.randn(1, 6, features[0], generator=torch.Generator().manual_seed(0)) * scales[None, :, None]
-    device = weights[0].device if not weights[0].is_meta else "cpu"
-    return x.to(device, dtype)
-
-
-def _equal(got: Tensor, want: Tensor) -> bool:
-    """Row by row, since the rows differ in magnitude by orders: within rounding of the row's largest entry."""
-    tolerance = 32 * torch.finfo(want.dtype).eps
-    error = (got.double() - want.double()).abs().amax(-1)
-    return bool((error <= tolerance * want.double().abs().amax(-1)).all()) and bool(want.isfinite().all())
-
-
-def _seeded(run: Callable[[Tensor], Any], x: Tensor) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return run(x)
-
-
-def _with_data(module: nn.Module) -> nn.Module:
-    weights = list(module.parameters())
-    if not any(p.is_meta for p in weights) or any(hasattr(m, "_hf_hook") for m in module.modules()):
-        return module
-    module = copy.deepcopy(module).to_empty(device="cpu")
-    for p in module.parameters():
-        nn.init.normal_(p, std=0.02)
-    return module
 
 
 class MixedFFN(MoloraLayer):
@@ -218,14 +51,12 @@ class MixedFFN(MoloraLayer):
         adapter = active[0]
         structure, base = self.structure, self.base_layer
         routing = self.route(adapter, x)
-        tokens = x.flatten(0, -2)
         pre = [p.flatten(0, -2) for p in structure.pre_activations(base, x)]
         experts = {part: self.experts(adapter, f"_{part}") for part in structure.names}
         ups = [experts[part] for part in structure.names if part != "down"]
-        dropped = self._dropped(adapter, tokens)
         hidden, ranks = selection.mixture_ffn(
             self.molora_runtime.kernel,
-            dropped,
+            self._dropped(adapter, x.flatten(0, -2)),
             pre,
             routing.gates,
             routing.topk_ids,
@@ -242,9 +73,7 @@ class MixedFFN(MoloraLayer):
             excess = (routing.gates.sum(1) - 1).view(*x.shape[:-1], 1)
             out = out + (excess * down.bias).to(out.dtype)
         if (p := experts["down"]) is not None and ranks is not None:
-            flat = out.view(-1, out.shape[-1]) if out.is_contiguous() else out.flatten(0, -2)
-            B = p.cat(out.dtype)[1]
-            out = torch.addmm(flat, ranks.to(out.dtype), B).view_as(out)
+            out = torch.addmm(out.flatten(0, -2), ranks.to(out.dtype), p.cat(out.dtype)[1]).view_as(out)
         return getattr(base, structure.dropout)(out) if structure.dropout else out
 
     def _dropped(self, adapter: str, tokens: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from molora.config import MoloraConfig
-from molora.ffn import FFNStructure, MixedFFN, looks_like_ffn, probe_ffn
+from molora.ffn import MixedFFN
+from molora.ffn_structure import FFNStructure, looks_like_ffn, probe_ffn
 from molora.layers import MixtureSpec, MoloraLayer, linear_features
 from molora.routers import RouterConfig
 

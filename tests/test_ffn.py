@@ -11,7 +11,8 @@ from tiny_models import FAMILIES, base_model, config, trained
 from torch import Tensor, nn
 from torch.nn import functional
 
-from molora.ffn import MixedFFN, probe_ffn
+from molora.ffn import MixedFFN
+from molora.ffn_structure import probe_ffn
 
 D, F = 12, 20
 
