@@ -191,11 +191,11 @@ def kill():
 
 class KillAtStep(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
-        if sys.argv[2] == "step" and state.global_step == 5:
+        if sys.argv[2] == "step" and state.global_step == 9:
             kill()
 
 def save_half(self, output_dir, _original=Trainer._save_optimizer_and_scheduler):
-    if sys.argv[2] == "save" and self.state.global_step == 6:
+    if sys.argv[2] == "save" and self.state.global_step == 10:
         kill()
     _original(self, output_dir)
 
@@ -204,31 +204,36 @@ train(read_recipe(sys.argv[1]), callbacks=[KillAtStep()])
 """
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(base: str, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float, float]]:
-    folder = tmp_path_factory.mktemp("whole")
-    assert molora("train", write_recipe(folder, base), "evaluation={before: false, after: false}") == 0
-    return losses(folder / "out")
+@pytest.mark.parametrize(
+    ("when", "order"),
+    [("step", "group_by_length"), ("save", "random")],
+    ids=["at a step, rows grouped by length", "during a save, rows in random order"],
+)
+def test_a_killed_run_resumes_bit_for_bit(when: str, order: str, base: str, tmp_path: Path) -> None:
+    """Killed in the second epoch; dropout and router jitter are on."""
 
+    def recipe(name: str) -> str:
+        (tmp_path / name).mkdir()
+        path = Path(write_recipe(tmp_path / name, base, max_steps=14, train_sampling_strategy=order))
+        data = yaml.safe_load(path.read_text())
+        for task in data["tasks"]:
+            task["limit"] = 8
+        path.write_text(yaml.safe_dump(data | {"evaluation": {"before": False, "after": False}}))
+        return str(path)
 
-@pytest.mark.parametrize(("when", "last_whole"), [("step", 4), ("save", 4)], ids=["at a step", "during a save"])
-def test_a_killed_run_resumes_bit_for_bit(
-    when: str, last_whole: int, base: str, tmp_path: Path, uninterrupted: list[tuple[int, float, float]]
-) -> None:
-    recipe, out = write_recipe(tmp_path, base), tmp_path / "out"
-    data = yaml.safe_load(Path(recipe).read_text())
-    Path(recipe).write_text(yaml.safe_dump(data | {"evaluation": {"before": False, "after": False}}))
+    assert molora("train", recipe("whole")) == 0
+    log = json.loads((tmp_path / "whole" / "out" / "loss_curve.json").read_text())
+    assert next(line["epoch"] for line in log if line["step"] == 8) > 1
+
+    killed, out = recipe("killed"), tmp_path / "killed" / "out"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_RUN, recipe, when], env=environment, capture_output=True, check=False
-    )
+    command = [sys.executable, "-c", KILLED_RUN, killed, when]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     assert (out / ".partial").exists() == (when == "save")
-    assert max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*")) == last_whole
+    assert max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*")) == 8
 
-    assert molora("train", recipe, "--resume") == 0
-    assert losses(out) == uninterrupted
+    assert molora("train", killed, "--resume") == 0
+    assert losses(out) == losses(tmp_path / "whole" / "out")
     assert not (out / ".partial").exists()
-    assert json.loads((out / "results.json").read_text())["training"]["resumed_from"].endswith(
-        f"checkpoint-{last_whole}"
-    )
+    assert json.loads((out / "results.json").read_text())["training"]["resumed_from"].endswith("checkpoint-8")

@@ -13,6 +13,7 @@ from molora.eval.encode import IGNORED, collate, encode_example, encode_row
 from molora.eval.tasks import EvalConfig, TaskConfig, eval_task, load_rows
 from molora.train.mixing import encode_task, mixed_dataset, probabilities
 from molora.train.recipe import MixingConfig, SequenceConfig
+from molora.train.sampling import LengthGroupedSampler
 
 ROWS = [{"q": "one and one", "a": "two"}, {"q": "two and two", "a": "four"}, {"q": "is it", "a": "no"}]
 
@@ -224,3 +225,17 @@ def test_proportional_mixing_of_equal_weights_has_each_row_once(file: str) -> No
         CONTEXT,
     )
     assert (len(rows), [report.probability for report in reports]) == (4, [0.75, 0.25])
+
+
+def test_batches_grouped_by_length_have_each_row_once_and_depend_on_seed_and_epoch_alone() -> None:
+    lengths = [(7 * i) % 101 for i in range(1003)]
+    sampler = LengthGroupedSampler(lengths, 8, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(1003))
+    assert list(sampler) == first == list(LengthGroupedSampler(lengths, 8, seed=3))
+    sampler.set_epoch(1)
+    assert sorted(sampler) == sorted(first) and list(sampler) != first
+    assert list(LengthGroupedSampler(lengths, 8, seed=4)) != first
+    spreads = [max(b) - min(b) for b in ([lengths[i] for i in first[k : k + 8]] for k in range(0, 1000, 8))]
+    # A pool of 400 rows covers lengths 0 to 100, so a batch of 8 covers about 2; unsorted it would cover about 79.
+    assert sum(spreads) / len(spreads) < 8

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent."""
+"""The Trainer with checkpoints that are whole or absent, and an order of rows that resumes exactly."""
 
 from __future__ import annotations
 
@@ -10,21 +10,31 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from molora.train.sampling import LengthGroupedSampler
+
 PARTIAL = ".partial"
 """Directory inside output_dir for what is being written; the search for ``checkpoint-*`` does not look into it."""
 
 
 class AtomicTrainer(Trainer):
-    """The Trainer, except that a checkpoint appears under its name only when it is complete.
+    """The Trainer, except for how a checkpoint appears and for ``train_sampling_strategy: group_by_length``.
 
-    The parent writes into ``output_dir/.partial``; the finished directory is then renamed, which is atomic on one file
-    system, and only then old checkpoints are deleted. A process killed while it saves leaves the previous checkpoint.
+    A checkpoint appears under its name only when it is complete: the parent writes into ``output_dir/.partial``, the
+    finished directory is renamed, which is atomic on one file system, and only then old checkpoints are deleted. A
+    process killed while it saves leaves the previous checkpoint.
     """
 
     _partial: Path | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._partial) if self._partial is not None else super()._get_output_dir(trial)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedSampler([len(ids) for ids in rows["input_ids"]], self.args.train_batch_size, seed)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(super()._get_output_dir(trial))
