@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator
@@ -120,7 +121,11 @@ def probe_ffn(module: nn.Module) -> FFNStructure:
     Raises:
         ValueError: it has the linears of an FFN but computes something else; says what was tried.
     """
-    module = _with_data(module)
+    with _gathered(module):
+        return _probe(_with_data(module))
+
+
+def _probe(module: nn.Module) -> FFNStructure:
     candidates = list(_candidates(module))
     x = _probe_input(module, candidates[0].parts[0][1])
     training = module.training
@@ -167,6 +172,16 @@ def _seeded(run: Callable[[Tensor], Any], x: Tensor) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return run(x)
+
+
+def _gathered(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """The module's whole weights, where DeepSpeed ZeRO-3 has partitioned them over the ranks."""
+    weights = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    if not weights:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(weights)
 
 
 def _with_data(module: nn.Module) -> nn.Module:
