@@ -163,7 +163,7 @@ def eval(  # noqa: A001  (the command's name)
 
 @app.command(
     epilog=_examples(
-        'molora generate runs/two_tasks "IN: jump twice OUT:"',
+        'molora generate runs/two_tasks "jump twice and look left:"',
         'molora generate ./base "Once upon a time" --max-new-tokens 50',
     )
 )

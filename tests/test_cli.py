@@ -153,6 +153,8 @@ def test_train_eval_and_resume_refusals(base: str, tmp_path: Path, capsys: pytes
     assert not out.exists()
     assert "sums" in capsys.readouterr().out
 
+    assert molora("train", recipe, "tasks.sums.data=nothing.jsonl") == 2
+    assert not out.exists()
     assert molora("train", recipe) == 0
     results = json.loads((out / "results.json").read_text())
     assert results["schema"] == "molora.results/1"

@@ -51,8 +51,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     return TrainingArguments(**defaults | recipe.training, remove_unused_columns=False)
 
 
-def claim_output_dir(recipe: Recipe, *, resume: bool) -> str | None:
-    """Checks that ``output_dir`` is free or, with ``resume``, holds a run of the same recipe; saves the recipe.
+def find_checkpoint(recipe: Recipe, *, resume: bool) -> str | None:
+    """Checks that ``output_dir`` is free or, with ``resume``, holds a run of the same recipe.
 
     Returns:
         The checkpoint to resume from, ``None`` to start from the first step.
@@ -76,9 +76,7 @@ def claim_output_dir(recipe: Recipe, *, resume: bool) -> str | None:
                 f"--resume continues the run exactly as it began, but the recipe changed ({shown}); "
                 "undo that or start anew"
             )
-    recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    saved.write_text(recipe_yaml(recipe), encoding="utf-8")
-    return get_last_checkpoint(str(recipe.output_dir)) if resume else None
+    return get_last_checkpoint(str(recipe.output_dir)) if resume and recipe.output_dir.is_dir() else None
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -113,9 +111,12 @@ def train(
         The results, schema ``molora.results/1``; the scores before training are under ``"before"``.
     """
     began = time.perf_counter()
-    checkpoint = claim_output_dir(recipe, resume=resume)
+    checkpoint = find_checkpoint(recipe, resume=resume)
     model, tokenizer, rows, reports = prepare(recipe)
     show_reports(model, reports)
+    # Only now, so that a recipe whose data cannot be read does not claim the directory.
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    (recipe.output_dir / RECIPE_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
     args = training_arguments(recipe)
 
     def score(when: str) -> dict[str, Any] | None:
