@@ -124,31 +124,17 @@ def _short(count: int) -> str:
 
 
 def score_table(tasks: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
-    """Scores with their 95 % intervals; ``before``: those before training, side by side."""
-    names = [
-        "task",
-        "metric",
-        "n",
-        *(["before"] if before else []),
-        "score",
-        "95 % interval",
-        "majority",
-        "too long",
-        "unknown",
-    ]
+    """Scores in percent with their 95 % intervals; ``before``: those before training, side by side."""
+    names = ["task", "metric", "n", *(["before"] if before else []), "score", "95 %", "majority"]
     table = _table("scores", names)
+    notes = []
     for name, entry in tasks.items():
         low, high = entry["interval"]
         was = [f"{before[name]['value']:.1%}"] if before else []
-        table.add_row(
-            name,
-            entry["metric"],
-            str(entry["n"]),
-            *was,
-            f"{entry['value']:.1%}",
-            f"{low:.1%} to {high:.1%}",
-            f"{entry['majority']:.1%}",
-            str(entry["skipped_too_long"]),
-            str(entry["unknown_tokens"]),
-        )
+        scores = [f"{entry['value']:.1%}", f"{100 * low:.1f}-{100 * high:.1f}", f"{entry['majority']:.1%}"]
+        table.add_row(name, entry["metric"], str(entry["n"]), *was, *scores)
+        counts = {"rows skipped, too long": "skipped_too_long", "unknown tokens": "unknown_tokens", "ties": "ties"}
+        notes += [f"{name}: {entry[key]} {what}" for what, key in counts.items() if entry.get(key)]
+    table.caption = "\n".join(notes) or None
+    table.caption_justify = "left"
     return table

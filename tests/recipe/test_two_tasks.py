@@ -15,6 +15,7 @@ DATA = Path(os.environ.get("MOLORA_DATA", ROOT.parent / "shared" / "data")).reso
 
 pytestmark = [
     pytest.mark.recipe,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not (DATA / "models").is_dir(), reason=f"no data folder {DATA}; set MOLORA_DATA"),
 ]
 
@@ -45,11 +46,15 @@ def test_two_tasks_are_learned_saved_and_used(tmp_path: Path) -> None:
     assert (after["scan"]["n"] + after["scan"]["skipped_too_long"], after["scan"]["metric"]) == (256, "exact_match")
     assert (after["sst2"]["n"] + after["sst2"]["skipped_too_long"], after["sst2"]["metric"]) == (872, "choice")
 
-    # The base cannot do scan at all; afterwards the lower end of the 95 % interval is far above that.
+    # The base cannot do scan at all; afterwards it does, and by more than chance.
     assert before["scan"]["value"] == 0.0
+    assert after["scan"]["interval"][0] > 0.05
+    # No bar for sst2: a character model of this size needs more steps than this tier has (it stays near the majority).
 
     # A new process that loads the adapter scores the same.
     molora("eval", str(out), "--out", str(tmp_path / "again.json"))
     assert json.loads((tmp_path / "again.json").read_text())["tasks"] == after
 
-    assert set(molora("generate", str(out), "jump twice and look left:", "--max-new-tokens", "40").split()) <= set("RLJNWK")
+    assert set(molora("generate", str(out), "jump twice and look left:", "--max-new-tokens", "40").split()) <= set(
+        "RLJNWK"
+    )
