@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from peft.utils import CONFIG_NAME
 
+from molora.checks import check_bool, check_choice, check_fraction, check_int, check_names, check_number
 from molora.routers import RouterConfig, router_config
 from molora.suggest import unknown_key_message
 
@@ -28,11 +30,16 @@ class PeftTypeName(str):
 
     @property
     def value(self) -> str:
-        return str(self)
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"  # as the enum's members; PEFT's status report cuts the name off this
 
 
 MOLORA = PeftTypeName("MOLORA")
 
+# What a saved config must hold: a default in its place would load without a word and compute something else.
+_FUNCTION = ("num_experts", "r", "lora_alpha", "use_rslora", "placement", "target_modules", "router")
 _PLAIN_LORA_KEYS = ("target_modules", "exclude_modules", "r", "lora_alpha")
 
 
@@ -100,47 +107,79 @@ class MoloraConfig(PeftConfig):
         for key in kwargs:
             if key not in valid:
                 raise ValueError(unknown_key_message("MoloraConfig", key, valid))
+        if "peft_type" in kwargs and "format_version" in kwargs:  # from a saved adapter_config.json, which has them all
+            for key in _FUNCTION:
+                if key not in kwargs:
+                    raise ValueError(
+                        f"the saved config lacks {key!r}, without which the adapter computes something else"
+                    )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MOLORA
+        check_int("format_version", self.format_version)
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"this adapter has format_version={self.format_version}, this molora reads up to {FORMAT_VERSION}; "
                 "upgrade molora"
             )
+        check_choice("task_type", self.task_type, (None, "CAUSAL_LM", TaskType.CAUSAL_LM))
         for key in ("num_experts", "r"):
-            _check_positive_int(key, getattr(self, key))
-        if self.lora_alpha <= 0:
-            raise ValueError(f"lora_alpha={self.lora_alpha} must be positive")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout} must be at least 0 and below 1")
-        if self.placement not in get_args(Placement):
-            raise ValueError(unknown_key_message("placement", str(self.placement), get_args(Placement)))
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} must be True, False or 'gaussian'")
-        if self.bias not in ("none", "all", "molora_only"):
-            raise ValueError(unknown_key_message("bias", str(self.bias), ("none", "all", "molora_only")))
-        for name, rank in self.rank_pattern.items():
-            _check_positive_int(f"rank_pattern[{name!r}]", rank)
+            check_int(key, getattr(self, key))
+        check_number("lora_alpha", self.lora_alpha, above=0)
+        check_fraction("lora_dropout", self.lora_dropout)
+        for key in ("use_rslora", "share_A", "ensure_weight_tying"):
+            check_bool(key, getattr(self, key))
+        check_choice("placement", self.placement, get_args(Placement))
+        check_choice("init_lora_weights", self.init_lora_weights, (True, False, "gaussian"))
+        check_choice("bias", self.bias, ("none", "all", "molora_only"))
+        if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, dict):
+            raise ValueError(f"base_fingerprint={self.base_fingerprint!r} must be what molora saved, or null")
+        self._check_patterns()
+        self._check_modules()
+        if self.expert_names is not None:
+            check_names("expert_names", self.expert_names)
+            if len(set(self.expert_names)) != self.num_experts or len(self.expert_names) != self.num_experts:
+                raise ValueError(
+                    f"expert_names has {len(self.expert_names)} names for num_experts={self.num_experts}; give one of "
+                    "its own to each expert"
+                )
+        self.router = router_config(self.router)
+        self.router.check(self.num_experts)
+        if self.plain_lora is not None:
+            self.plain_lora = _plain_lora(self.plain_lora, self)
+
+    def _check_patterns(self) -> None:
+        for key in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, key)
+            if not isinstance(pattern, dict):
+                raise ValueError(f"{key}={pattern!r} must map names of modules to numbers")
+            for name, value in pattern.items():
+                if key == "rank_pattern":
+                    check_int(f"{key}[{name!r}]", value)
+                else:
+                    check_number(f"{key}[{name!r}]", value, above=0)
         if self.placement == "ffn" and (self.rank_pattern or self.alpha_pattern):
             raise ValueError(
                 "rank_pattern and alpha_pattern name linears, but with placement 'ffn' all projections of an expert "
                 "share r and lora_alpha; leave the patterns out"
             )
+
+    def _check_modules(self) -> None:
+        if self.target_modules is None:
+            self.target_modules = "all-linear"  # PEFT's "the usual ones"
+        self.target_modules = _module_names("target_modules", self.target_modules)
+        if self.exclude_modules is not None:
+            self.exclude_modules = _module_names("exclude_modules", self.exclude_modules)
+        if self.modules_to_save is not None:
+            check_names("modules_to_save", self.modules_to_save)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform; give both or neither")
-        self.target_modules = _as_list(self.target_modules)
-        self.exclude_modules = _as_list(self.exclude_modules)
-        if not self.target_modules:
-            raise ValueError("target_modules must name at least one module, or be 'all-linear'")
-        if self.expert_names is not None and len(self.expert_names) != self.num_experts:
-            raise ValueError(f"expert_names has {len(self.expert_names)} names for num_experts={self.num_experts}")
-        self.router = router_config(self.router)
-        self.router.check(self.num_experts)
-        if self.plain_lora is not None:
-            self.plain_lora = _plain_lora(self.plain_lora, self)
+        if self.layers_to_transform is not None:
+            layers = self.layers_to_transform
+            for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
+                check_int("layers_to_transform", layer, at_least=0)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As PeftConfig's, but the file appears whole or not at all, as the safetensors beside it does."""
@@ -155,17 +194,24 @@ class MoloraConfig(PeftConfig):
         return {**super().to_dict(), "router": self.router.to_dict()}
 
 
-def _as_list(names: Any) -> Any:
-    return sorted(names) if isinstance(names, (set, tuple, list)) else names
-
-
-def _check_positive_int(key: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key}={value!r} must be an integer of at least 1")
+def _module_names(key: str, names: Any) -> list[str] | str:
+    """A sorted list of name endings, or a string that is "all-linear" or a regular expression."""
+    if isinstance(names, str) and names:
+        try:
+            re.compile(names)
+        except re.error as error:
+            raise ValueError(f"{key}={names!r} is no regular expression: {error}") from None
+        return names
+    check_names(key, names)
+    if not names and key.endswith("target_modules"):
+        raise ValueError(f"{key} must name at least one module, or be 'all-linear'")
+    return sorted(names)
 
 
 def _plain_lora(options: Mapping[str, Any], config: MoloraConfig) -> dict[str, Any]:
     """The options of the ungated LoRA, checked and completed with the mixture's own."""
+    if not isinstance(options, Mapping):
+        raise ValueError(f"plain_lora={options!r} must be a dict with target_modules, and r and lora_alpha if wanted")
     for key in options:
         if key not in _PLAIN_LORA_KEYS:
             raise ValueError(unknown_key_message("MoloraConfig.plain_lora", key, _PLAIN_LORA_KEYS))
@@ -174,7 +220,9 @@ def _plain_lora(options: Mapping[str, Any], config: MoloraConfig) -> dict[str, A
         raise ValueError(
             "plain_lora needs target_modules: a list of name endings, a regular expression or 'all-linear'"
         )
-    _check_positive_int("plain_lora.r", result["r"])
-    if result["lora_alpha"] <= 0:
-        raise ValueError(f"plain_lora.lora_alpha={result['lora_alpha']} must be positive")
-    return {**result, "target_modules": _as_list(result["target_modules"])}
+    check_int("plain_lora.r", result["r"])
+    check_number("plain_lora.lora_alpha", result["lora_alpha"], above=0)
+    for key in ("target_modules", "exclude_modules"):
+        if result[key] is not None:
+            result[key] = _module_names(f"plain_lora.{key}", result[key])
+    return result

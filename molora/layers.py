@@ -84,14 +84,14 @@ class SharedRouting:
             self.x.data_ptr() == x.data_ptr()
             and self.x.shape == x.shape
             and self.x.stride() == x.stride()
-            and self.x._version == self.version
+            and write_count(x) == self.version
         )
 
     def get(self, adapter: str, x: Tensor) -> Routing:
         """The routing of `x`, computed once for all members that pass the same tensor."""
         if self.routing is None or not self._same(x):
             assert self.owner is not None
-            self.routing, self.x, self.version, self.uses = self.owner.route(adapter, x), x, x._version, 0
+            self.routing, self.x, self.version, self.uses = self.owner.route(adapter, x), x, write_count(x), 0
         routing = self.routing
         self.uses += 1
         if self.uses >= self.members:
@@ -99,9 +99,15 @@ class SharedRouting:
         return routing
 
 
+def write_count(x: Tensor) -> int:
+    """How often `x` was written to; inference tensors do not count that."""
+    return -1 if x.is_inference() else x._version
+
+
 class MoloraLayer(nn.Module, BaseTunerLayer):
     """What a mixed linear and a mixed FFN have in common: adapters by name, routing, PEFT's bookkeeping."""
 
+    cast_input_dtype_enabled = True  # PEFT's switch; no input is cast here but to the dtype of the frozen output
     other_param_names: tuple[str, ...] = ("molora_specs",)
     if TYPE_CHECKING:  # BaseTunerLayer's, which nn.Module's __getattr__ hides from type checkers
         active_adapters: list[str]
@@ -226,6 +232,14 @@ class MixedLinear(MoloraLayer):
 
     def __init__(self, base_layer: nn.Module, runtime: Runtime) -> None:
         super().__init__(base_layer, runtime, ("",))
+
+    @property
+    def in_features(self) -> int:
+        return linear_features(self.base_layer)[0]  # type: ignore[index]
+
+    @property
+    def out_features(self) -> int:
+        return linear_features(self.base_layer)[1]  # type: ignore[index]
 
     def update_layer(
         self, adapter: str, spec: MixtureSpec, name: str, shared: SharedRouting | None, inference_mode: bool

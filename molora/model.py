@@ -36,6 +36,10 @@ class MoloraModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if not adapter_name or "." in adapter_name:
+            raise ValueError(
+                f"adapter name {adapter_name!r} must be a word without dots; it is part of parameter names"
+            )
         if adapter_name.isdigit():
             raise ValueError(
                 f"adapter name {adapter_name!r} is a number, which PEFT confuses with the numbers of layers when it "
@@ -80,7 +84,11 @@ class MoloraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        entry: LinearPlan | FFNPlan = self._plan[current_key]
+        # PEFT cuts the mark of a compiled model off the names it reads from a state dict.
+        found = self._plan.get(current_key) or self._plan.get(f"_orig_mod.{current_key}")
+        if found is None:
+            raise ValueError(f"the state dict has tensors for {current_key}, which this config does not convert")
+        entry: LinearPlan | FFNPlan = found
         inference_mode = peft_config.inference_mode
         layer = target
         if isinstance(entry, FFNPlan):
@@ -124,6 +132,19 @@ class MoloraModel(BaseTuner):
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(NOT_MERGEABLE)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "mixtures cannot be averaged: the experts of one have nothing to do with those of another, nor have the "
+            "routers"
+        )
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT enters this around each forward and then drops the argument.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names: molora runs one mixture for a whole batch; choose it with set_adapter()")
+        yield
 
     def unload(self) -> torch.nn.Module:
         base = super().unload()

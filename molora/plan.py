@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from molora.config import MoloraConfig
@@ -16,6 +14,7 @@ from molora.ffn import MixedFFN
 from molora.ffn_structure import FFNStructure, looks_like_ffn, probe_ffn
 from molora.layers import MixtureSpec, MoloraLayer, linear_features
 from molora.routers import RouterConfig
+from molora.targets import matches, select_modules
 
 # Names under which siblings read the same input: attention's three, and the two before a gated activation.
 _SAME_INPUT = (
@@ -83,14 +82,14 @@ def _spec(config: MoloraConfig) -> MixtureSpec:
 
 
 def _modules(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """(linears, FFN-shaped modules) by name, leaving out what is inside other adapters' layers."""
+    """(linears, FFN-shaped modules) by name, leaving out what is inside other adapters' layers and PEFT's wrappers."""
     linears: dict[str, nn.Module] = {}
     ffns: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if not name or name.startswith(inside or ("\0",)):
             continue
-        if isinstance(module, MoloraLayer):
+        if isinstance(module, (MoloraLayer, AuxiliaryTrainingWrapper)):
             inside += (f"{name}.",)
         if linear_features(module) is not None:
             linears[name] = module
@@ -115,71 +114,8 @@ def _refuse_mixture_of_experts(model: nn.Module) -> None:
         )
 
 
-def _selector(
-    config: MoloraConfig, targets: list[str] | str, exclude: list[str] | str | None, any_layer: bool = False
-) -> Callable[[str], bool]:
-    """Whether a module's name is selected, by PEFT's own rules; "all-linear" selects every name but the excluded."""
-    options = SimpleNamespace(
-        target_modules=targets,
-        exclude_modules=exclude,
-        layers_to_transform=None if any_layer else config.layers_to_transform,
-        layers_pattern=None if any_layer else config.layers_pattern,
-        modules_to_save=config.modules_to_save,
-    )
-
-    def selected(name: str) -> bool:
-        if targets == "all-linear":
-            options.target_modules = [name]
-        return bool(check_target_module_exists(options, name))
-
-    return selected
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if get is not None else None
-
-
-def _select(
-    model: nn.Module,
-    config: MoloraConfig,
-    options: dict[str, Any],
-    modules: dict[str, nn.Module],
-    what: str,
-) -> list[str]:
-    """The names among `modules` that the options select; refuses a target that matches none of them."""
-    targets = options["target_modules"]
-    selected = _selector(config, targets, options["exclude_modules"])
-    head = _output_head(model)
-    names = [n for n, m in modules.items() if selected(n) and (targets != "all-linear" or m is not head)]
-    wanted = targets if isinstance(targets, list) else [targets]
-    for target in wanted:
-        one = _selector(config, [target] if isinstance(targets, list) else targets, None, any_layer=True)
-        if not any(one(name) for name in modules):
-            _refuse_target(model, target, one, modules, what)
-    if not names:
-        raise ValueError(
-            f"target_modules={targets} with exclude_modules={options['exclude_modules']} and "
-            f"layers_to_transform={config.layers_to_transform} leaves no {what} to convert"
-        )
-    return names
-
-
-def _refuse_target(
-    model: nn.Module, target: str, selected: Callable[[str], bool], modules: dict[str, nn.Module], what: str
-) -> None:
-    exists = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in modules})) or "none"
-    other = next(((n, m) for n, m in model.named_modules() if n and selected(n)), None)
-    if other is not None:
-        raise ValueError(
-            f"target_modules={target!r} matches {other[0]} ({type(other[1]).__name__}), which is no {what}; this "
-            f"model's {what}s are: {exists}"
-        )
-    raise ValueError(f"target_modules={target!r} matches no {what} of this model; its {what}s are: {exists}")
-
-
 def _plan_linears(model: nn.Module, config: MoloraConfig, linears: dict[str, nn.Module], spec: MixtureSpec) -> Plan:
-    names = _select(model, config, _targets(config), linears, "linear")
+    names = select_modules(model, config, _targets(config), linears, "linear")
     plan: Plan = {}
     for name in names:
         own = replace(
@@ -212,7 +148,7 @@ def _blocks(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _plan_ffns(model: nn.Module, config: MoloraConfig, ffns: dict[str, nn.Module], spec: MixtureSpec) -> Plan:
     plan: Plan = {}
-    for name in _select(model, config, _targets(config), ffns, "FFN module"):
+    for name in select_modules(model, config, _targets(config), ffns, "FFN module"):
         module = ffns[name]
         if isinstance(module, MixedFFN):
             structure = module.structure
@@ -224,8 +160,7 @@ def _plan_ffns(model: nn.Module, config: MoloraConfig, ffns: dict[str, nn.Module
                     f"placement='ffn' cannot convert {name} ({type(module).__name__}): {error}; leave it out with "
                     "exclude_modules, or use placement='linear'"
                 ) from None
-        selected = _selector(config, "all-linear", config.exclude_modules)
-        specs = {child: spec for _, child in structure.parts if selected(f"{name}.{child}")}
+        specs = {child: spec for _, child in structure.parts if not matches(config.exclude_modules, f"{name}.{child}")}
         if not specs:
             raise ValueError(f"exclude_modules={config.exclude_modules} leaves no projection of {name} to convert")
         plan[name] = FFNPlan(name, structure, specs)
@@ -241,7 +176,7 @@ def _plan_plain_lora(
     inside = tuple(f"{name}." for name, entry in taken.items() if isinstance(entry, FFNPlan)) or ("\0",)
     free = {n: m for n, m in linears.items() if n not in taken and not n.startswith(inside)}
     everything = options["target_modules"] == "all-linear"
-    names = _select(model, config, options, free if everything else linears, "linear")
+    names = select_modules(model, config, options, free if everything else linears, "linear", "plain_lora.")
     for name in names:
         if name not in free:
             raise ValueError(

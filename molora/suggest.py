@@ -6,6 +6,12 @@ import difflib
 from collections.abc import Iterable
 
 
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """``did you mean 'x'? `` with the closest valid word, or nothing where none is close."""
+    close = difflib.get_close_matches(word, sorted(valid), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
 def unknown_key_message(where: str, key: str, valid: Iterable[str]) -> str:
     """Names an unknown key and the closest valid one.
 
@@ -18,6 +24,4 @@ def unknown_key_message(where: str, key: str, valid: Iterable[str]) -> str:
         One sentence: the wrong key, the nearest valid key if any is close, and all valid keys.
     """
     valid = sorted(valid)
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown key {key!r} in {where}: {hint}Valid keys: {', '.join(valid)}"
+    return f"unknown key {key!r} in {where}: {nearest(key, valid)}Valid keys: {', '.join(valid)}"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from tiny_models import base_model, config, logits, trained
 
@@ -31,29 +31,49 @@ from molora.routers import TopK
     [
         ({"num_expert": 4}, r"unknown key 'num_expert' in MoloraConfig: did you mean 'num_experts'\?"),
         ({"router": {"topk": 2}}, r"unknown key 'topk' in router 'top_k': did you mean 'top_k'\?"),
-        ({"router": "topk"}, r"unknown key 'topk' in router: did you mean 'top_k'\?"),
+        ({"router": "topk"}, r"router='topk': did you mean 'top_k'\?"),
         ({"router": {"name": "tpo_k"}}, r"did you mean 'top_k'\?"),
         ({"plain_lora": {"target_module": ["q_proj"]}}, r"'target_module' in MoloraConfig.plain_lora: did you mean"),
         ({"plain_lora": {"r": 4}}, r"plain_lora needs target_modules"),
         ({"plain_lora": {"target_modules": ["q_proj"], "r": 0}}, r"plain_lora.r=0 must be an integer of at least 1"),
         ({"num_experts": 2, "router": {"top_k": 3}}, r"top_k=3 exceeds num_experts=2; lower router.top_k or raise"),
         ({"router": {"top_k": 0}}, r"top_k=0 must be an integer of at least 1"),
-        ({"router": {"router_aux_loss_coef": -1.0}}, r"router_aux_loss_coef=-1.0 must not be negative"),
+        (
+            {"router": {"router_aux_loss_coef": -1.0}},
+            r"router_aux_loss_coef=-1.0 must be a finite number of at least 0",
+        ),
         ({"router": {"router_jitter_noise": 1.0}}, r"router_jitter_noise=1.0 must be at least 0 and below 1"),
         ({"r": 0}, r"r=0 must be an integer of at least 1"),
         ({"r": 2.5}, r"r=2.5 must be an integer"),
         ({"num_experts": 0}, r"num_experts=0 must be"),
         ({"num_experts": True}, r"num_experts=True must be"),
-        ({"lora_alpha": 0}, r"lora_alpha=0 must be positive"),
+        ({"lora_alpha": 0}, r"lora_alpha=0 must be a finite number above 0"),
         ({"lora_dropout": 1.0}, r"lora_dropout=1.0 must be at least 0 and below 1"),
-        ({"placement": "ffns"}, r"unknown key 'ffns' in placement: did you mean 'ffn'\?"),
-        ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' must be True, False or 'gaussian'"),
+        ({"placement": "ffns"}, r"placement='ffns': did you mean 'ffn'\?"),
+        ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa': choose one of \[True, False"),
         ({"bias": "lora_only"}, r"did you mean 'molora_only'\?"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]=0"),
         ({"placement": "ffn", "rank_pattern": {"mlp": 2}}, r"rank_pattern and alpha_pattern .* placement 'ffn'"),
         ({"layers_pattern": "layers"}, r"layers_pattern needs layers_to_transform"),
         ({"target_modules": []}, r"target_modules must name at least one module"),
         ({"expert_names": ["a"]}, r"expert_names has 1 names for num_experts=8"),
+        ({"lora_alpha": float("nan")}, r"lora_alpha=nan must be a finite number above 0"),
+        ({"lora_alpha": "16"}, r"lora_alpha='16' must be a finite number"),
+        ({"use_rslora": "no"}, r"use_rslora='no' must be true or false"),
+        ({"router": {"norm_topk_prob": "no"}}, r"norm_topk_prob='no' must be true or false"),
+        ({"router": {"router_aux_loss_coef": float("nan")}}, r"router_aux_loss_coef=nan must be a finite number"),
+        ({"router": None}, r"router=None must be a router config, a dict or a name"),
+        ({"plain_lora": "all-linear"}, r"plain_lora='all-linear' must be a dict with target_modules"),
+        ({"target_modules": 5}, r"target_modules=5 must be a list of names"),
+        ({"target_modules": "((("}, r"target_modules='\(\(\(' is no regular expression"),
+        ({"exclude_modules": [1]}, r"exclude_modules=\[1\] must be a list of names"),
+        ({"modules_to_save": "lm_head"}, r"modules_to_save='lm_head' must be a list of names"),
+        ({"layers_to_transform": [-1]}, r"layers_to_transform=-1 must be an integer of at least 0"),
+        ({"alpha_pattern": {"q_proj": "2"}}, r"alpha_pattern\['q_proj'\]='2' must be a finite number"),
+        ({"rank_pattern": None}, r"rank_pattern=None must map names of modules to numbers"),
+        ({"expert_names": ["a"] * 8}, r"expert_names has 8 names .* one of its own"),
+        ({"task_type": "SEQ_CLS"}, r"task_type='SEQ_CLS': .*choose one of"),
+        ({"base_fingerprint": 5}, r"base_fingerprint=5 must be what molora saved"),
         ({"format_version": 99}, r"format_version=99, this molora reads up to 1; upgrade molora"),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else None,
@@ -70,7 +90,7 @@ def test_configs(options: dict[str, Any], message: str, tmp_path: Path):
 
 
 def test_a_router_of_another_type():
-    with pytest.raises(TypeError, match="router must be a router config, a dict or a name, not int"):
+    with pytest.raises(ValueError, match="router=3 must be a router config, a dict or a name"):
         MoloraConfig(router=3)  # type: ignore[arg-type]
     assert MoloraConfig(router=TopK(top_k=1)).router == TopK(top_k=1)
 
@@ -91,7 +111,23 @@ def _is_untouched(model: torch.nn.Module) -> bool:
         ({"target_modules": ["self_attn"]}, r"matches model.layers.0.self_attn \(LlamaAttention\), which is no linear"),
         ({"target_modules": ".*nothing"}, r"'.\*nothing' matches no linear"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"leaves no linear to convert"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, r"layers_to_transform=\[7\]"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [7]},
+            r"layers_to_transform=7 .* their layers are \[0, 1\]",
+        ),
+        ({"layers_to_transform": [0, 9]}, r"layers_to_transform=9 .* their layers are \[0, 1\]"),
+        (
+            {"target_modules": "q_proj"},
+            r"'q_proj' as text is a regular expression .* write \['q_proj'\] .*'\.\*q_proj'",
+        ),
+        ({"exclude_modules": ["q_porj"]}, r"exclude_modules='q_porj' matches no module .*; did you mean 'q_proj'\?"),
+        ({"modules_to_save": ["lm_haed"]}, r"modules_to_save='lm_haed' matches no module .*; did you mean 'lm_head'\?"),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["q_proj"]},
+            r"modules_to_save=\['q_proj'\] .* leaves no linear to convert",
+        ),
+        ({"plain_lora": {"target_modules": ["q_porj"]}}, r"plain_lora.target_modules='q_porj' matches no linear"),
+        ({"plain_lora": {"target_modules": "all-linear"}}, r"plain_lora.target_modules=all-linear .* leaves no linear"),
         (
             {"placement": "ffn", "target_modules": ["gate_proj"]},
             r"gate_proj \(Linear\), which is no FFN module; .*: mlp",
@@ -112,11 +148,39 @@ def test_targets(options: dict[str, Any], message: str):
     assert _is_untouched(base)
 
 
-def test_numeric_adapter_names():
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("0", "'0' is a number"), ("my.adapter", "'my.adapter' must be a word without dots"), ("", "word")],
+)
+def test_adapter_names(name: str, message: str):
     base = base_model()
-    with pytest.raises(ValueError, match="adapter name '0' is a number"):
-        get_peft_model(base, config(), adapter_name="0")
+    with pytest.raises(ValueError, match=f"adapter name .*{message}"):
+        get_peft_model(base, config(), adapter_name=name)
     assert _is_untouched(base)
+
+
+def test_what_a_mixture_cannot_do_is_said():
+    model = trained(steps=1)
+    ids = torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"one mixture for a whole batch; choose it with set_adapter\(\)"):
+        model(input_ids=ids, adapter_names=["default", "default"])
+    with pytest.raises(NotImplementedError, match="mixtures cannot be averaged"):
+        model.add_weighted_adapter(["default"], [1.0], "new")
+
+
+@pytest.mark.parametrize("key", ["router", "placement", "lora_alpha"])
+def test_a_saved_config_must_hold_what_defines_the_function(key: str, tmp_path: Path):
+    saved = config().to_dict()
+    del saved[key]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=f"the saved config lacks '{key}', without which the adapter computes"):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+def test_a_state_dict_for_other_modules_is_refused():
+    state_dict = {"model.layers.0.self_attn.q_proj.molora_A.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"tensors for model.layers.0.self_attn.q_proj, which this config does not"):
+        inject_adapter_in_model(config(target_modules=["v_proj"]), base_model(), state_dict=state_dict)
 
 
 @pytest.mark.parametrize("family", ["opt", "bloom"])

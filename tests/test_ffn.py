@@ -138,6 +138,24 @@ def test_the_ffns_of_every_family_are_found(family: str):
     assert set(layers[0].structure.names) == parts.get(family, {"gate", "up", "down"})
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_wide_half_precision_ffn_is_recognised_and_a_clamped_one_refused(dtype: torch.dtype):
+    class Wide(Renamed):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.out, self.b, self.a = nn.Linear(96, 512), nn.Linear(512, 96), nn.Linear(512, 96)
+            for linear in (self.out, self.b, self.a):
+                nn.init.normal_(linear.weight, std=0.5)
+
+    class WideClamped(Wide):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out((self.b(x) * functional.silu(self.a(x))).clamp(-50, 50))
+
+    assert probe_ffn(Wide().to(dtype)).names == {"gate": "a", "up": "b", "down": "out"}
+    with pytest.raises(ValueError, match="its output is not"):
+        probe_ffn(WideClamped().to(dtype))
+
+
 @torch.no_grad()
 def _by_experts(layer: MixedFFN, x: Tensor) -> Tensor:
     """The published form: the module itself with each expert's weights merged in, mixed by the gates. Eval mode."""

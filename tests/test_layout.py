@@ -17,11 +17,11 @@ PACKAGE = ROOT / "molora"
 ROOMS = ("routers", "kernels", "train", "eval")
 MAX_LINES = 400
 
-# What each room may import beside the standard library. "molora.suggest" is a leaf: text in, text out.
+# What each room may import beside the standard library. "molora.checks", "molora.suggest" is a leaf: text in, text out.
 # megablocks, grouped_gemm and stk are what the kernel adapters adapt; they are imported inside functions.
 ALLOWED = {
     "kernels": {"torch", "triton", "megablocks", "grouped_gemm", "stk", "molora.kernels"},
-    "routers": {"torch", "molora.routers", "molora.suggest"},
+    "routers": {"torch", "molora.routers", "molora.checks", "molora.suggest"},
 }
 # Imports run one way: routers, kernels <- core <- train, eval, serve, integrations <- cli.
 FORBIDDEN = {

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from tiny_models import CELLS, FAMILIES, PLACEMENTS, base_model, config, logits, train, trained
 
 import molora
@@ -181,6 +182,42 @@ def test_rank_and_alpha_patterns_layers_and_exclusion():
     assert q.molora_specs["default"][""].scaling == pytest.approx(8 / 2**0.5)
     assert down.molora_B.default.weight.shape == (4, 4, 32)
     assert down.molora_specs["default"][""].scaling == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize("named", ["all-linear", "regex", "list"])
+@pytest.mark.parametrize(("placement", "leaf"), [("linear", "q_proj"), ("ffn", "mlp")])
+def test_layers_to_transform_holds_however_the_targets_are_named(named: str, placement: str, leaf: str):
+    targets = {"all-linear": "all-linear", "regex": rf".*\.{leaf}", "list": [leaf]}[named]
+    options = {"target_modules": targets, "layers_to_transform": 1, "plain_lora": None}
+    model = get_peft_model(base_model(), config(placement, **options))
+    names = [n for n, m in model.named_modules() if isinstance(m, MoloraLayer)]
+    assert names and all(".layers.1." in n for n in names)
+
+
+def test_a_second_adapter_leaves_pefts_own_wrappers_alone():
+    for options in ({"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 6]}):
+        model = get_peft_model(base_model("qwen3"), config(ensure_weight_tying="modules_to_save" in options, **options))
+        model.add_adapter("second", config())
+        model.set_adapter("second")
+        assert not any("lm_head" in n or "embed" in n for n, m in model.named_modules() if isinstance(m, MoloraLayer))
+        train(model, 1)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_inference_mode_converts_and_runs(placement: str):
+    want = logits(base_model())
+    with torch.inference_mode():
+        model = get_peft_model(base_model(), config(placement)).eval()
+        assert torch.equal(logits(model), want)
+
+
+def test_what_other_code_reads_off_a_layer_is_there():
+    model = get_peft_model(base_model("gpt2"), config())
+    layer = model.transformer.h[0].attn.c_attn
+    assert (layer.in_features, layer.out_features) == (32, 96)
+    with disable_input_dtype_casting(model):
+        logits(model)
+    assert model.get_model_status().peft_types == {"default": "MOLORA"}
 
 
 def test_shared_A_has_one_A_and_trains():

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from molora.checks import check_choice
 from molora.routers.base import Router, RouterConfig, RouterLosses, Routing
 from molora.routers.top_k import TopK
 from molora.suggest import unknown_key_message
@@ -22,19 +23,17 @@ def router_config(value: RouterConfig | Mapping[str, Any] | str) -> RouterConfig
     """The typed config of a router given as itself, as a dict with a ``"name"`` (default: top_k), or as a name.
 
     Raises:
-        ValueError: an unknown router or key, with the nearest valid one.
-        TypeError: neither a config, nor a dict, nor a name.
+        ValueError: an unknown router or key, with the nearest valid one; or neither a config, nor a dict, nor a name.
     """
     if isinstance(value, RouterConfig):
         return value
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping):
-        raise TypeError(f"router must be a router config, a dict or a name, not {type(value).__name__}")
+        raise ValueError(f"router={value!r} must be a router config, a dict or a name")
     options = dict(value)
     name = options.pop("name", TopK.name)
-    if name not in ROUTERS:
-        raise ValueError(unknown_key_message("router", name, ROUTERS))
+    check_choice("router", name, ROUTERS)
     valid = [f.name for f in fields(ROUTERS[name])]
     for key in options:
         if key not in valid:

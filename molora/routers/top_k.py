@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from molora.checks import check_bool, check_fraction, check_int, check_number
 from molora.routers.base import Router, RouterConfig, RouterLosses, Routing, masked_mean
 
 
@@ -44,15 +45,13 @@ class TopK(RouterConfig):
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if not isinstance(self.top_k, int) or self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k!r} must be an integer of at least 1")
-        if not 0 <= self.router_jitter_noise < 1:
-            raise ValueError(f"router_jitter_noise={self.router_jitter_noise} must be at least 0 and below 1")
+        check_int("top_k", self.top_k)
+        for key in ("norm_topk_prob", "pool_layers"):
+            check_bool(key, getattr(self, key))
+        check_fraction("router_jitter_noise", self.router_jitter_noise)
         for key in ("router_aux_loss_coef", "router_z_loss_coef"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key}={getattr(self, key)} must not be negative; 0 turns the loss off")
-        if self.init_std <= 0:
-            raise ValueError(f"init_std={self.init_std} must be positive, or all experts start with equal logits")
+            check_number(key, getattr(self, key), at_least=0)
+        check_number("init_std", self.init_std, above=0)  # at 0 all experts start with equal logits
 
     def check(self, num_experts: int) -> None:
         if self.top_k > num_experts:
