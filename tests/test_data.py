@@ -159,6 +159,33 @@ def test_an_empty_file_is_named(tmp_path: Path) -> None:
         load_rows(task(str(tmp_path / "empty.tsv")))
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("z.jsonl", b"", "z.jsonl has 0 bytes"),
+        ("z.csv", b"", "z.csv has 0 bytes"),
+        ("z.txt", b"", "z.txt has 0 bytes"),
+        ("u.jsonl", b'{"q":"a","a":"b"}\n{"q":"\xff","a":"b"}\n', r"u.jsonl, row 2: not UTF-8 text .*0xff"),
+        ("u.csv", b"q,a\nx,\xff\n", r"u.csv, row 2: not UTF-8 text .*0xff"),
+        ("u.txt", b"\xff\n", r"u.txt, row 1: not UTF-8 text .*0xff"),
+        ("b.jsonl", b'{"q":"a","a":"b"}\n{"q":"x", \n', r"b.jsonl, row 2: not valid JSON"),
+        ("b.json", b'{"q":"a","a":"b"}\n{"q":"x", \n', r"b.json, row 2: not valid JSON"),
+        ("l.jsonl", b"[1]\n[2]\n", r"l.jsonl, row 1: a row must be a JSON object, got \[1\]"),
+        ("b.csv", b"q,a\nx,y\nx,y,z\n", "b.csv.*Expected 2 fields in line 3, saw 3"),
+        ("b.jsonl.gz", b"abc", r"b.jsonl.gz: Not a gzipped file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_row(name: str, data: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"task 'sums' cannot be read from .*{message}"):
+        load_rows(task(str(tmp_path / name)))
+
+
+def test_a_template_that_does_not_fit_a_row_is_shown(file: str) -> None:
+    with pytest.raises(ValueError, match="the template '{q:d}' does not fit the row .*one and one"):
+        encode_task(task(file, prompt="{q:d}"), tiny_tokenizer(), SequenceConfig(), CONTEXT)
+
+
 def test_tab_separated_text_stays_text(tmp_path: Path) -> None:
     (tmp_path / "t.tsv").write_text('he said "no\tNA\nx\t\n')
     rows = load_rows(task(str(tmp_path / "t.tsv"), columns=["q", "a"]))

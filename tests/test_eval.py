@@ -12,7 +12,7 @@ from tiny_lm import save_tiny, tiny_llama, tiny_tokenizer, write_jsonl
 
 from molora.eval.encode import encode_example
 from molora.eval.generate import stream
-from molora.eval.models import load_model, resolve
+from molora.eval.models import load_base, load_model, resolve
 from molora.eval.results import parameters, wilson
 from molora.eval.score import choice_log_likelihoods, context_length, score_task
 from molora.eval.suite import Suite, merge_suites, run_suite
@@ -106,7 +106,7 @@ def test_rows_that_do_not_fit_are_skipped_and_counted(model: Any, tokenizer: Any
     # "<s>some longer question:" + "x</s>" has 24 tokens, "one, two, three" 19, "0123456789" 14.
     entry, predictions = score_task(model, tokenizer, scored, max_length=14, batch_size=8)
     assert (entry["n"], entry["skipped_too_long"], len(predictions)) == (6, 2, 6)
-    with pytest.raises(ValueError, match="task 't' is empty: none of its 8 rows fits in 3 tokens"):
+    with pytest.raises(ValueError, match="evaluation of task 't' is empty: none of its 8 rows fits in 3 tokens"):
         score_task(model, tokenizer, scored, max_length=3, batch_size=8)
     with pytest.raises(ValueError, match="max_length=65 exceeds the model's context of 64 tokens"):
         context_length(model, 65)
@@ -191,9 +191,21 @@ def test_stream_writes_what_it_returns(model: Any, tokenizer: Any, capsys: pytes
         stream(model, tokenizer, "x" * 70, max_new_tokens=1)
 
 
+def test_stream_says_what_the_text_does_not_show(model: Any, tokenizer: Any) -> None:
+    notes: list[str] = []
+    stream(model, tokenizer, "one and", max_new_tokens=3, note=notes.append)
+    assert notes == []
+    stream(model, tokenizer, "a_b" + "c" * 50 + "#_", max_new_tokens=100, note=notes.append)
+    assert notes[0] == "the tokenizer does not know '_', '#'; the model reads its unknown symbol instead"
+    assert notes[1:] == ["stopped at the end of the model's context of 64 tokens"]
+
+
 def test_models_that_are_not_there_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no model directory './nothing'"):
-        resolve("./nothing")
+    for name in ("./nothing", "nothing/", "a/b/c", "~/nothing/here"):
+        with pytest.raises(FileNotFoundError, match=f"no such directory '{name}'"):
+            resolve(name)
+    with pytest.raises(FileNotFoundError, match="has no config.json and no adapter_config.json, so no model"):
+        resolve(str(tmp_path))
     assert resolve("owner/name") == "owner/name"
     base = save_tiny(tmp_path / "base")
     with pytest.raises(ValueError, match="--base is for adapter directories"):
@@ -201,5 +213,9 @@ def test_models_that_are_not_there_are_named(tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(
+        ValueError, match="is an adapter, and a new one on it would leave it out; give its base, '.*gone'"
+    ):
+        load_base(str(adapter))
     with pytest.raises(FileNotFoundError, match="is for the base .*gone', which is not here; give --base"):
         load_model(str(adapter))

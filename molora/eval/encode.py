@@ -98,6 +98,15 @@ def num_unknown(example: Example, tokenizer: PreTrainedTokenizerBase) -> int:
     return _num_unknown(example.prompt_ids + example.answer_ids, tokenizer)
 
 
+def unknown_characters(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The characters of ``text`` that the tokenizer lacks, quoted; empty if its ``ids`` hold no unknown symbol."""
+    if not _num_unknown(ids, tokenizer):
+        return ""
+    alone = {c: tokenizer(c, add_special_tokens=False)["input_ids"] for c in dict.fromkeys(text) if not c.isspace()}
+    found = [repr(c) for c, tokens in alone.items() if _num_unknown(tokens, tokenizer)]
+    return ", ".join(found) or "a part of the prompt"
+
+
 def _num_unknown(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
     unknown = tokenizer.unk_token_id
     # Tokenizers without an unknown symbol reuse the end token for it (GPT-2); those cannot meet an unknown character.

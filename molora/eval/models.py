@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,38 +28,67 @@ def load_base(model: str, *, dtype: str = "auto", quantization: str | None = Non
         quantization: ``None``, ``"nf4"`` or ``"int8"`` (bitsandbytes).
 
     Raises:
-        FileNotFoundError: ``model`` looks like a path and is not there.
+        FileNotFoundError: ``model`` is neither a directory with a model nor a hub id that can be loaded.
+        ValueError: ``model`` is an adapter, whose weights would be left out without a word.
     """
+    named = adapter_base(model)
+    if named is not None:
+        raise ValueError(
+            f"{model!r} is an adapter, and a new one on it would leave it out; give its base, {named!r}, or merge the "
+            "adapter into its base first"
+        )
     config = None
     if quantization == "nf4":
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     elif quantization == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return AutoModelForCausalLM.from_pretrained(
-        resolve(model),
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        quantization_config=config,
-        device_map={"": device} if config is not None or device.type != "cpu" else None,
-    )
+    path = resolve(model)
+    with _named(model):
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            quantization_config=config,
+            device_map={"": device} if config is not None or device.type != "cpu" else None,
+        )
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model or of an adapter directory that has one."""
-    return AutoTokenizer.from_pretrained(resolve(model))
+    path = resolve(model)
+    with _named(model):
+        return AutoTokenizer.from_pretrained(path)
+
+
+@contextmanager
+def _named(model: str) -> Iterator[None]:
+    """What is not there is named first as the directory that the user may have meant."""
+    try:
+        yield
+    except OSError as error:
+        if Path(model).expanduser().is_dir():
+            raise
+        raise FileNotFoundError(
+            f"no such directory {model!r}, and it cannot be loaded from the hub either: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def resolve(model: str) -> str:
     """A local directory as an absolute path, so that an adapter can name its base from anywhere; hub ids as they are.
 
     Raises:
-        FileNotFoundError: a path (absolute, or with a leading dot, or with more than one slash) that is no directory.
+        FileNotFoundError: a path (absolute, or with a leading dot, or with a slash at its end or more than one) that is
+            no directory, or a directory without a model.
     """
     path = Path(model).expanduser()
     if path.is_dir():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise FileNotFoundError(f"directory {model!r} has no config.json and no adapter_config.json, so no model")
         return str(path.resolve())
-    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
-        raise FileNotFoundError(f"no model directory {model!r}; give a directory with a config.json, or a hub id")
+    if path.exists():
+        raise FileNotFoundError(f"{model!r} is a file; give the directory of a model, or a hub id")
+    if path.is_absolute() or model.startswith((".", "~")) or model.endswith("/") or model.count("/") > 1:
+        raise FileNotFoundError(f"no such directory {model!r}; give a directory with a config.json, or a hub id")
     return model
 
 

@@ -94,9 +94,14 @@ def parameters(model: torch.nn.Module) -> dict[str, int]:
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Writes JSON through a temporary file, so that a reader never sees half of it."""
+    """Writes JSON as :func:`write_text` does."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes through a temporary file, so that a reader never sees half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -57,10 +57,7 @@ def score_task(
         ValueError: no row fits.
     """
     limit = context_length(model, max_length)
-    examples = [encode_example(row, task, tokenizer) for row in load_rows(task)]
-    fitting = [e for e in examples if limit is None or _length(e) <= limit]
-    if not fitting:
-        raise ValueError(f"task {task.name!r} is empty: none of its {len(examples)} rows fits in {limit} tokens")
+    fitting, num_skipped = load_examples(task, tokenizer, limit)
     score = _score_choices if task.metric == "choice" else _score_generations
     predictions: list[dict[str, Any]] = [{}] * len(fitting)
     tokens = (task.eval and task.eval.max_new_tokens) or max(len(e.answer_ids) for e in fitting) + 8
@@ -81,12 +78,30 @@ def score_task(
         "value": correct / len(fitting),
         "interval": wilson(correct, len(fitting)),
         "majority": Counter(e.answer for e in fitting).most_common(1)[0][1] / len(fitting),
-        "skipped_too_long": len(examples) - len(fitting),
+        "skipped_too_long": num_skipped,
         "unknown_tokens": sum(num_unknown(e, tokenizer) for e in fitting),
     }
     if task.metric == "choice":
         entry["ties"] = sum(p["tie"] for p in predictions)
     return entry, predictions
+
+
+def load_examples(task: TaskConfig, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> tuple[list[Example], int]:
+    """Reads and encodes the rows to score.
+
+    Returns:
+        The rows that fit into ``limit`` tokens, and how many do not.
+
+    Raises:
+        ValueError: no row fits.
+    """
+    examples = [encode_example(row, task, tokenizer) for row in load_rows(task)]
+    fitting = [e for e in examples if limit is None or _length(e) <= limit]
+    if not fitting:
+        raise ValueError(
+            f"evaluation of task {task.name!r} is empty: none of its {len(examples)} rows fits in {limit} tokens"
+        )
+    return fitting, len(examples) - len(fitting)
 
 
 def _length(example: Example) -> int:

@@ -54,6 +54,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no file {str(path)!r}; give the path of a YAML file")
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molora.eval import results
-from molora.eval.score import score_task
+from molora.eval.score import load_examples, score_task
 from molora.eval.strict import build, read_yaml
 from molora.eval.tasks import TaskConfig, eval_task
 
@@ -73,6 +73,18 @@ def merge_suites(suites: list[Suite]) -> Suite:
         max_length=first.max_length,
         batch_size=first.batch_size,
     )
+
+
+def check_suite(suite: Suite, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:
+    """Loads and encodes every row that would be scored, so that what cannot be scored is found before training.
+
+    Raises:
+        FileNotFoundError: no local file matches.
+        ValueError: rows that cannot be read or encoded, or none that fits.
+    """
+    for task in suite.tasks:
+        if task.eval:
+            load_examples(eval_task(task), tokenizer, limit)
 
 
 def run_suite(

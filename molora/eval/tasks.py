@@ -10,6 +10,8 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
+from molora.eval.unreadable import why_unreadable
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -79,10 +81,22 @@ class TaskConfig:
             fail(f"weight={self.weight} must be above 0; remove the task to leave it out")
         if self.limit is not None and self.limit <= 0:
             fail(f"limit={self.limit} must be above 0")
+        for key in ("limit", "max_new_tokens"):
+            value = getattr(self.eval, key, None)
+            if value is not None and value < 1:
+                fail(f"eval.{key}={value} must be at least 1")
         if self.choices is not None and (len(self.choices) < 2 or self.messages is not None):
             fail("choices needs at least two entries and a prompt template")
         if self.metric == "choice" and self.choices is None:
             fail("metric 'choice' needs choices")
+        for key, template in (("prompt", self.prompt), ("answer", self.answer), *self._choice_templates()):
+            try:
+                list(Formatter().parse(template or ""))
+            except ValueError as error:
+                fail(f"{key}={template!r} is not a template ({error}); write {{{{ and }}}} for braces")
+
+    def _choice_templates(self) -> list[tuple[str, str]]:
+        return [(f"choices[{key!r}]", template) for key, template in self.choice_map.items()]
 
     @property
     def metric(self) -> str:
@@ -119,9 +133,14 @@ def load_rows(task: TaskConfig) -> Dataset:
 
     try:
         rows = _read(task)
-    except (ValueError, datasets.exceptions.DatasetsError) as error:
-        text = f"task {task.name!r} cannot be read from {task.data!r} (split {task.split!r}): {error}"
-        raise ValueError(text) from error
+    except FileNotFoundError:
+        raise
+    # datasets lets StopIteration and RuntimeError out for an empty file, and OSError for a broken archive.
+    except (ValueError, OSError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        reason = why_unreadable(glob.glob(str(Path(task.data).expanduser()), recursive=True)) or _root_cause(error)
+        raise ValueError(
+            f"task {task.name!r} cannot be read from {task.data!r} (split {task.split!r}): {reason}"
+        ) from error
     if task.parse is not None:
         rows = _parse(rows, task)
     if len(rows) == 0:
@@ -139,8 +158,22 @@ def load_rows(task: TaskConfig) -> Dataset:
 
 
 def fill(template: str, row: dict[str, Any]) -> str:
-    """Renders ``"{field}"`` templates; the fields were checked by :func:`load_rows`."""
-    return template.format(**row)
+    """Renders ``"{field}"`` templates; the fields were checked by :func:`load_rows`.
+
+    Raises:
+        ValueError: the template does not fit the row.
+    """
+    try:
+        return template.format(**row)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"the template {template!r} does not fit the row {str(row)[:200]}: {error}") from error
+
+
+def _root_cause(error: BaseException) -> str:
+    """The text of the error that came first: datasets wraps it in one that says nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__
 
 
 def _needed_columns(task: TaskConfig) -> set[str]:
@@ -179,7 +212,10 @@ def _read(task: TaskConfig) -> Dataset:
         options = {"field": task.field}
     elif task.field is not None:
         raise ValueError(f"field is for json files; remove it for {task.data!r}")
-    return datasets.load_dataset(READERS[suffix], data_files=files, split=task.split, **options)
+    rows = datasets.load_dataset(READERS[suffix], data_files=files, split=task.split, **options)
+    # The json reader takes bytes that are not UTF-8; without this they would fail at the row, with no name.
+    rows.data.validate(full=True)
+    return rows
 
 
 def _parse(rows: Dataset, task: TaskConfig) -> Dataset:

@@ -19,10 +19,16 @@ err = Console(stderr=True)
 
 
 def quiet() -> None:
-    """One progress bar at a time: ours."""
+    """One progress bar at a time: ours; and no word of other libraries about what the user cannot mend."""
+    import warnings
+
     import datasets
     import transformers
 
+    # PEFT asks transformers for a name that it has renamed.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    # A file that cannot be read is reported once, by our own sentence.
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
 
