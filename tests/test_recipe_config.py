@@ -98,6 +98,23 @@ def test_an_unknown_lora_key_is_named() -> None:
         ("training", {}, "lacks the key output_dir"),
         ("training__eval_strategy", "steps", "use the evaluation section"),
         ("training__resume_from_checkpoint", "x", "use --resume"),
+        ("training__max_steps", "abc", "recipe.training.max_steps must be of type int, got 'abc'"),
+        ("training__max_steps", "=4", "got '=4'; write one = between key and value"),
+        ("training__max_steps", 0, "max_steps=0 must be at least 1, or -1 to count epochs"),
+        ("training__max_steps", True, "max_steps must be of type int, got True"),
+        ("training__learning_rate", "abc", "recipe.training.learning_rate must be of type float, got 'abc'"),
+        ("training__save_steps", 0, "save_steps=0 must be above 0"),
+        ("training__per_device_train_batch_size", 0, "per_device_train_batch_size=0 must be at least 1"),
+        ("training__bf16", "maybe", "recipe.training.bf16 must be of type bool, got 'maybe'"),
+        ("training__output_dir", 5, "recipe.training.output_dir must be of type str, got 5"),
+        ("training__output_dir", None, "recipe.training.output_dir must be of type str, got None"),
+        ("training__output_dir", "", "recipe.training.output_dir is empty"),
+        ("training__zzz", 1, "'zzz' in recipe.training; the keys are those of transformers.TrainingArguments$"),
+        ("evaluation__batch_size", 0, "evaluation.batch_size=0 must be at least 1"),
+        ("tasks__0__eval__limit", 0, "task 'sums': eval.limit=0 must be at least 1"),
+        ("tasks__0__eval__max_new_tokens", 0, "task 'sums': eval.max_new_tokens=0 must be at least 1"),
+        ("tasks__0__answer", "{", "task 'sums': answer='{' is not a template .*; write {{ and }} for braces"),
+        ("tasks__0__choices", ["a", "}"], "task 'sums': choices.'}'.='}' is not a template"),
         ("base", "some/base", "recipe.base must be a mapping"),
         ("base__dtype", "float8", "must be one of 'auto', 'float32'"),
     ],
@@ -105,6 +122,14 @@ def test_an_unknown_lora_key_is_named() -> None:
 def test_a_bad_value_gets_one_clear_sentence(path: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_recipe(**{path: value})
+
+
+def test_values_that_only_transformers_can_judge_are_refused_with_the_section() -> None:
+    from molora.train.run import training_arguments
+
+    assert training_arguments(build_recipe(training__max_steps=3, training__optim="sgd")).max_steps == 3
+    with pytest.raises(ValueError, match="recipe.training: nope is not a valid SchedulerType"):
+        training_arguments(build_recipe(training__lr_scheduler_type="nope"))
 
 
 def test_a_missing_key_is_named() -> None:
@@ -162,6 +187,9 @@ def test_variables_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bad_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no file .*nothing.yaml"):
         read_yaml(tmp_path / "nothing.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xe9\n")
+    with pytest.raises(ValueError, match=r"latin.yaml is not UTF-8 text: .*0xe9"):
+        read_yaml(tmp_path / "latin.yaml")
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(ValueError, match="must hold a mapping of sections, got list"):
         read_yaml(tmp_path / "list.yaml")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from molora.eval.disk import writing
 from molora.train.sampling import LengthGroupedSampler
 
 PARTIAL = ".partial"
@@ -43,7 +46,8 @@ class AtomicTrainer(Trainer):
             shutil.rmtree(self._partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
-            super()._save_checkpoint(model, trial)
+            with self._room_for(f"{run_dir / f'checkpoint-{self.state.global_step}'}"):
+                super()._save_checkpoint(model, trial)
         finally:
             partial, self._partial = self._partial, None
         self.accelerator.wait_for_everyone()
@@ -54,6 +58,19 @@ class AtomicTrainer(Trainer):
             partial.rmdir()
             rotate_checkpoints(output_dir=str(run_dir), save_total_limit=self.args.save_total_limit, use_mtime=True)
 
+    @contextmanager
+    def _room_for(self, what: str) -> Iterator[None]:
+        """A full disk ends in one sentence, and what was half written is removed."""
+        run_dir = Path(self.args.output_dir)
+        last = get_last_checkpoint(str(run_dir)) if run_dir.is_dir() else None
+        whole = f"{last} is whole" if last else "there is no earlier checkpoint"
+        try:
+            with writing(what, f"{whole}; make room and continue with --resume"):
+                yield
+        except OSError:
+            shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)
+            raise
+
     def save_final(self) -> None:
         """Saves the model into ``output_dir``, file by file through ``.partial``."""
         run_dir = Path(self.args.output_dir)
@@ -61,7 +78,8 @@ class AtomicTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.save_model(str(partial), _internal_call=True)
+        with self._room_for(f"the adapter in {run_dir}"):
+            self.save_model(str(partial), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             for written in partial.iterdir():

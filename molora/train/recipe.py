@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,18 +12,9 @@ from molora.eval.strict import apply_overrides, build, read_yaml
 from molora.eval.suite import Suite
 from molora.eval.tasks import TaskConfig
 from molora.suggest import unknown_key_message
+from molora.train.settings import check_training
 
 SCHEMA = "molora.recipe/1"
-
-# Set by molora, or served by another section; a setting that would be ignored is an error.
-REFUSED_TRAINING_KEYS = {
-    "eval_strategy": "use the evaluation section",
-    "load_best_model_at_end": "there is no evaluation inside the loop to choose by; use the evaluation section",
-    "metric_for_best_model": "there is no evaluation inside the loop to choose by; use the evaluation section",
-    "resume_from_checkpoint": "use --resume",
-    "remove_unused_columns": "molora's collator needs every column it is given",
-    "push_to_hub": "push the saved adapter with PeftModel.push_to_hub",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +75,10 @@ class EvaluationConfig:
     batch_size: int = 32
     """Rows per forward."""
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"evaluation.batch_size={self.batch_size} must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
@@ -111,15 +105,7 @@ class Recipe:
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"recipe: two tasks have the same name (tasks: {', '.join(names)}); rename one")
-        if "output_dir" not in self.training:
-            raise ValueError(
-                "recipe.training lacks the key output_dir; add the directory for checkpoints and the adapter"
-            )
-        for key in self.training:
-            if key in REFUSED_TRAINING_KEYS:
-                raise ValueError(f"recipe.training.{key} is not for a recipe: {REFUSED_TRAINING_KEYS[key]}; remove it")
-            if key not in _training_keys():
-                raise ValueError(unknown_key_message("recipe.training", key, _training_keys()))
+        check_training(self.training)
         adapter_config(self)
 
     @property
@@ -185,10 +171,3 @@ def mixture_config(keys: dict[str, Any]) -> Any:
     from molora import MoloraConfig
 
     return MoloraConfig(**{"task_type": "CAUSAL_LM"} | keys)
-
-
-@cache
-def _training_keys() -> frozenset[str]:
-    from transformers import TrainingArguments
-
-    return frozenset(field.name for field in fields(TrainingArguments) if field.init)

@@ -1,0 +1,85 @@
+"""What ``output_dir`` holds: whether a run may start or continue there, and where it would continue."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState
+from transformers.trainer_utils import get_last_checkpoint
+
+from molora.eval.disk import check_directory
+from molora.eval.strict import parse_yaml
+from molora.train.recipe import Recipe, recipe_yaml
+
+RECIPE_FILE, RESULTS_FILE, BEFORE_FILE, CURVE_FILE = "recipe.yaml", "results.json", "before.json", "loss_curve.json"
+
+
+def find_checkpoint(recipe: Recipe, *, resume: bool) -> str | None:
+    """Checks that ``output_dir`` is free or, with ``resume``, holds a run of the same recipe.
+
+    Returns:
+        The checkpoint to resume from, ``None`` to start from the first step.
+
+    Raises:
+        ValueError: the directory holds another run or, with ``resume``, none, or the recipe differs from the one that
+            began here, or ``output_dir`` is or lies below a file.
+    """
+    check_directory(recipe.output_dir, "training.output_dir")
+    saved, last = recipe.output_dir / RECIPE_FILE, last_checkpoint(recipe.output_dir)
+    if not resume:
+        if saved.exists() or last:
+            raise ValueError(
+                f"{recipe.output_dir} already holds a run; pass --resume to continue it, "
+                "or choose another training.output_dir"
+            )
+        return None
+    if not saved.is_file() and last is None:
+        raise ValueError(
+            f"{recipe.output_dir} holds no run to resume; check training.output_dir, or start one without --resume"
+        )
+    if saved.is_file():
+        began, now = _flat(parse_yaml(saved.read_text(encoding="utf-8"))), _flat(parse_yaml(recipe_yaml(recipe)))
+        changed = sorted(key for key in began.keys() | now.keys() if began.get(key) != now.get(key))
+        if changed:
+            shown = ", ".join(f"{key}: {began.get(key)!r} -> {now.get(key)!r}" for key in changed[:5])
+            raise ValueError(
+                f"--resume continues the run exactly as it began, but the recipe changed ({shown}); "
+                "undo that or start anew"
+            )
+    return last
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last whole checkpoint of a run."""
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def stored_results(recipe: Recipe) -> dict[str, Any] | None:
+    """The results of a run that is complete; they are the last file that a run writes."""
+    path = recipe.output_dir / RESULTS_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def finished_state(checkpoint: str | None) -> TrainerState | None:
+    """The trainer's state if the checkpoint was written at the last step, so that nothing is left to train."""
+    path = Path(checkpoint or "") / "trainer_state.json"
+    if checkpoint is None or not path.is_file():
+        return None
+    state = TrainerState.load_from_json(str(path))
+    return state if 0 < state.max_steps <= state.global_step else None
+
+
+def mean_loss(log: list[dict[str, Any]]) -> float | None:
+    """Mean over the steps of a log, each line's loss being that of the steps since the line before."""
+    lines = [(line["step"], line["loss"]) for line in log if "loss" in line]
+    steps = [step - before for (step, _), before in zip(lines, [0, *(step for step, _ in lines)], strict=False)]
+    return sum(n * loss for n, (_, loss) in zip(steps, lines, strict=True)) / sum(steps) if lines else None
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {path: value}
+    return {k: v for key, item in items for k, v in _flat(item, f"{path}.{key}" if path else str(key)).items()}

@@ -1,0 +1,87 @@
+"""The recipe's ``training`` section: which keys of transformers.TrainingArguments it takes, and their values."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+from typing import Any, get_args, get_type_hints
+
+# Set by molora, or served by another section; a setting that would be ignored is an error.
+REFUSED_KEYS = {
+    "eval_strategy": "use the evaluation section",
+    "load_best_model_at_end": "there is no evaluation inside the loop to choose by; use the evaluation section",
+    "metric_for_best_model": "there is no evaluation inside the loop to choose by; use the evaluation section",
+    "resume_from_checkpoint": "use --resume",
+    "remove_unused_columns": "molora's collator needs every column it is given",
+    "push_to_hub": "push the saved adapter with PeftModel.push_to_hub",
+}
+# Values that TrainingArguments takes, and that fail or train nothing later.
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "save_total_limit": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "seed": 0,
+    "data_seed": 0,
+    "dataloader_num_workers": 0,
+}
+ABOVE_0 = ("num_train_epochs", "logging_steps", "save_steps")
+
+
+def check_training(training: dict[str, Any]) -> None:
+    """Checks keys and plain values; what only this machine can tell is left to TrainingArguments itself.
+
+    Raises:
+        ValueError: one sentence that names the key.
+    """
+    if "output_dir" not in training:
+        raise ValueError("recipe.training lacks the key output_dir; add the directory for checkpoints and the adapter")
+    for key, value in training.items():
+        where = f"recipe.training.{key}"
+        if key in REFUSED_KEYS:
+            raise ValueError(f"{where} is not for a recipe: {REFUSED_KEYS[key]}; remove it")
+        if key not in _types():
+            close = difflib.get_close_matches(key, _types(), n=1, cutoff=0.5)
+            hint = f": did you mean {close[0]!r}? The" if close else "; the"
+            raise ValueError(
+                f"unknown key {key!r} in recipe.training{hint} keys are those of transformers.TrainingArguments"
+            )
+        _check_type(where, value, str if key == "output_dir" else _types()[key])
+        if value is None:
+            continue
+        if key in AT_LEAST and value < AT_LEAST[key]:
+            raise ValueError(f"{where}={value} must be at least {AT_LEAST[key]}")
+        if key in ABOVE_0 and value <= 0:
+            raise ValueError(f"{where}={value} must be above 0")
+        if key == "max_steps" and value < 1 and value != -1:
+            raise ValueError(f"{where}={value} must be at least 1, or -1 to count epochs")
+    if not training["output_dir"].strip():
+        raise ValueError("recipe.training.output_dir is empty; give the directory for checkpoints and the adapter")
+
+
+def _check_type(where: str, value: Any, annotation: Any) -> None:
+    options = get_args(annotation) or (annotation,)
+    plain = tuple(option for option in options if option in (bool, int, float, str))
+    # Enumerations, mappings and lists are checked by TrainingArguments.
+    if len(plain) + (type(None) in options) < len(options) or (value is None and type(None) in options):
+        return
+    if isinstance(value, bool):
+        fits = bool in plain
+    else:
+        fits = isinstance(value, plain) or (float in plain and isinstance(value, int))
+    if not fits:
+        names = " or ".join(option.__name__ for option in plain)
+        hint = "; write one = between key and value" if isinstance(value, str) and value.startswith("=") else ""
+        raise ValueError(f"{where} must be of type {names}, got {value!r}{hint}")
+
+
+@cache
+def _types() -> dict[str, Any]:
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    hints = get_type_hints(TrainingArguments)
+    return {field.name: hints[field.name] for field in fields(TrainingArguments) if field.init}
