@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +28,16 @@ def _examples(*lines: str) -> str:
     return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]{line}[/cyan]" for line in lines)
 
 
+@contextmanager
+def _interruptible(advice: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Ctrl-C ends in one line and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted{advice()}", err=True)
+        raise typer.Exit(130) from None
+
+
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     """Turn a dense Hugging Face causal LM into a mixture of LoRA experts, tune it, evaluate it, use it."""
@@ -45,7 +57,10 @@ def convert(
     seed: Annotated[int, typer.Option(help="Seed of the initial weights.")] = 0,
 ) -> None:
     """Make a fresh mixture on a base model and save it as a PEFT adapter directory."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+    from molora.eval.disk import check_directory, writing
+
+    check_directory(out, "OUT")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ValueError(f"{out} exists and is not empty; pass --overwrite or choose another directory")
     from peft import get_peft_model
     from transformers import set_seed
@@ -56,12 +71,15 @@ def convert(
     from molora.train.recipe import mixture_config
 
     config = mixture_config(apply_overrides({}, overrides or []))
-    with terminal.status("loading the base"):
-        tokenizer, model = load_tokenizer(base), load_base(base)
-    set_seed(seed)
-    model = get_peft_model(model, config)
-    model.save_pretrained(str(out))
-    tokenizer.save_pretrained(str(out))
+    terminal.quiet()
+    with _interruptible():
+        with terminal.status("loading the base"):
+            model, tokenizer = load_base(base), load_tokenizer(base)
+        set_seed(seed)
+        model = get_peft_model(model, config)
+        with writing(f"the adapter in {out}", "make room and run this again with --overwrite"):
+            model.save_pretrained(str(out))
+            tokenizer.save_pretrained(str(out))
     terminal.out.print(terminal.model_table(model))
 
 
@@ -86,25 +104,40 @@ def train(
     from molora.train.recipe import read_recipe, recipe_yaml
 
     resolved = read_recipe(recipe, overrides)
-    terminal.err.print(terminal.yaml_text(recipe_yaml(resolved)))
+    from molora.eval.disk import check_directory
+    from molora.train.output import last_checkpoint, stored_results
     from molora.train.run import prepare, train
 
     def show(model: Any, reports: Any) -> None:
+        terminal.err.print(terminal.yaml_text(recipe_yaml(resolved)))
         terminal.out.print(terminal.data_table(reports))
         terminal.out.print(terminal.model_table(model))
 
-    terminal.quiet()
-    if dry_run:
-        model, _, _, reports = prepare(resolved)
-        return show(model, reports)
-    with terminal.progress() as progress:
-        results = train(
-            resolved,
-            resume=resume,
-            show_reports=show,
-            callbacks=[terminal.TrainingBar(progress)],
-            score_progress=terminal.score_progress(progress),
+    def advice() -> str:
+        if dry_run or not (resolved.output_dir / "recipe.yaml").is_file():
+            return ""
+        last = last_checkpoint(resolved.output_dir)
+        return "; continue with --resume" + (
+            f", from {last}" if last else ": no checkpoint yet, so from the first step"
         )
+
+    terminal.quiet()
+    check_directory(resolved.output_dir, "training.output_dir")
+    was_complete = resume and stored_results(resolved) is not None
+    with _interruptible(advice):
+        if dry_run:
+            model, _, _, reports = prepare(resolved)
+            return show(model, reports)
+        with terminal.progress() as progress:
+            results = train(
+                resolved,
+                resume=resume,
+                show_reports=show,
+                callbacks=[terminal.TrainingBar(progress)],
+                score_progress=terminal.score_progress(progress),
+            )
+    if was_complete:
+        typer.echo(f"the run in {resolved.output_dir} is complete; nothing is left to do", err=True)
     if results["tasks"]:
         terminal.out.print(terminal.score_table(results["tasks"], (results["before"] or {}).get("tasks")))
     terminal.out.print(f"adapter and results.json in {resolved.output_dir}", highlight=False, soft_wrap=True)
@@ -134,30 +167,34 @@ def eval(  # noqa: A001  (the command's name)
 
     files = suite or [Path(model) / "recipe.yaml"]
     if not suite and not files[0].is_file():
+        if not Path(model).is_dir():
+            raise ValueError(f"no such directory {model!r}; for a base from the hub pass --suite FILE too")
         raise ValueError(f"{model!r} holds no recipe.yaml that names its tasks; pass --suite FILE")
     tasks = merge_suites([read_suite(file) for file in files])
     if batch_size is not None:
         tasks = replace(tasks, batch_size=batch_size)
     import molora  # noqa: F401  (registers the PEFT method)
     from molora.eval import terminal
+    from molora.eval.disk import writing
     from molora.eval.models import load_model
     from molora.eval.results import write_json
     from molora.eval.suite import run_suite
 
     terminal.quiet()
-    with terminal.status("loading the model"):
-        loaded, tokenizer = load_model(model, base=base)
-    with terminal.progress() as progress:
-        results = run_suite(
-            loaded,
-            tokenizer,
-            tasks,
-            name=model,
-            predictions_path=out.with_suffix(".jsonl") if out else None,
-            progress=terminal.score_progress(progress),
-        )
-    if out:
-        write_json(out, results)
+    with _interruptible():
+        with terminal.status("loading the model"):
+            loaded, tokenizer = load_model(model, base=base)
+        with terminal.progress() as progress, writing(f"{out}", "make room and run this again"):
+            results = run_suite(
+                loaded,
+                tokenizer,
+                tasks,
+                name=model,
+                predictions_path=out.with_suffix(".jsonl") if out else None,
+                progress=terminal.score_progress(progress),
+            )
+            if out:
+                write_json(out, results)
     terminal.out.print(terminal.score_table(results["tasks"]))
 
 
@@ -182,9 +219,18 @@ def generate(
     from molora.eval.models import load_model
 
     terminal.quiet()
-    with terminal.status("loading the model"):
-        loaded, tokenizer = load_model(model, base=base)
-    stream(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    with _interruptible():
+        with terminal.status("loading the model"):
+            loaded, tokenizer = load_model(model, base=base)
+        stream(
+            loaded,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            note=lambda text: typer.echo(text, err=True),
+        )
 
 
 def main() -> None:

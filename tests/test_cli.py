@@ -104,16 +104,26 @@ def test_help_shows_two_examples(command: str, capsys: pytest.CaptureFixture[str
     ("arguments", "message"),
     [
         (["train", "nothing.yaml"], "no file 'nothing.yaml'"),
-        (["eval", "./nothing"], "holds no recipe.yaml that names its tasks; pass --suite FILE"),
-        (["generate", "./nothing", "x"], "no model directory './nothing'"),
+        (["eval", "nothing"], "no such directory 'nothing'; for a base from the hub pass --suite FILE too"),
+        (["eval", "docs"], "holds no recipe.yaml that names its tasks; pass --suite FILE"),
+        (["generate", "./nothing", "x"], "no such directory './nothing'"),
+        (["generate", "nothing", "x"], "no such directory 'nothing', and it cannot be loaded from the hub either"),
+        (["generate", "docs", "x"], "directory 'docs' has no config.json and no adapter_config.json"),
+        (["generate", "README.md", "x"], "'README.md' is a file; give the directory of a model"),
         (["convert", "./nothing", "out", "num_expert=2"], "did you mean 'num_experts'"),
         (["convert", "./nothing", "out", "preset=mixlora"], "no presets"),
         (["convert", "./nothing", "."], "is not empty; pass --overwrite"),
+        (["convert", "./nothing", "README.md", "--overwrite"], "README.md is a file; choose a directory"),
+        (["convert", "./nothing", "README.md/a/b"], "is below README.md, which is a file; choose a directory"),
+        (["convert", "./nothing", "out", "router=null"], "router=None must be"),
+        (["convert", "./nothing", "out", "target_modules=5"], "target_modules=5 must be"),
+        (["convert", "./nothing", "out", "plain_lora=5"], "plain_lora=5 must be"),
     ],
 )
 def test_what_a_user_can_mend_is_one_sentence(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(ROOT)
     assert molora(*arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and error[0].startswith("error: ") and message in error[0]
