@@ -175,11 +175,15 @@ def eval(  # noqa: A001  (the command's name)
         tasks = replace(tasks, batch_size=batch_size)
     import molora  # noqa: F401  (registers the PEFT method)
     from molora.eval import terminal
-    from molora.eval.disk import writing
+    from molora.eval.disk import check_directory, writing
     from molora.eval.models import load_model
     from molora.eval.results import write_json
     from molora.eval.suite import run_suite
 
+    if out is not None:
+        if out.is_dir():
+            raise ValueError(f"--out {out} is a directory; give a file")
+        check_directory(out.parent, "--out")
     terminal.quiet()
     with _interruptible():
         with terminal.status("loading the model"):

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ def test_help_shows_two_examples(command: str, capsys: pytest.CaptureFixture[str
         (["convert", "./nothing", "."], "is not empty; pass --overwrite"),
         (["convert", "./nothing", "README.md", "--overwrite"], "README.md is a file; choose a directory"),
         (["convert", "./nothing", "README.md/a/b"], "is below README.md, which is a file; choose a directory"),
+        (["eval", "x", "--suite", "recipes/two_tasks.yaml", "--out", "docs"], "--out docs is a directory; give a file"),
         (["convert", "./nothing", "out", "router=null"], "router=None must be"),
         (["convert", "./nothing", "out", "target_modules=5"], "target_modules=5 must be"),
         (["convert", "./nothing", "out", "plain_lora=5"], "plain_lora=5 must be"),
@@ -143,6 +145,16 @@ def test_our_own_bugs_keep_their_traceback() -> None:
         broken()
     except ValueError as error:
         assert not molora_cli._is_for_user(error)
+
+
+def test_a_warning_of_peft_that_nobody_can_mend_is_silent() -> None:
+    from molora.eval import terminal
+
+    with warnings.catch_warnings(record=True) as caught:
+        terminal.quiet()
+        warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
+        warnings.warn("another", FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["another"]
 
 
 def test_convert_then_generate(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -212,6 +212,12 @@ def test_models_that_are_not_there_are_named(tmp_path: Path) -> None:
         load_model(base, base=base)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="adapter_config.json is not the config of an adapter .JSONDecodeError"):
+        load_model(str(adapter))
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    with pytest.raises(ValueError, match="adapter_config.json names no base; write"):
+        load_model(str(adapter))
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}))
     with pytest.raises(
         ValueError, match="is an adapter, and a new one on it would leave it out; give its base, '.*gone'"

@@ -74,6 +74,21 @@ def test_an_unknown_lora_key_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("r", "abc", "recipe.lora.r must be of type int, got 'abc'"),
+        ("lora_alpha", "x", "recipe.lora.lora_alpha must be of type float, got 'x'"),
+        ("lora_dropout", "x", "recipe.lora.lora_dropout must be of type float, got 'x'"),
+        ("target_modules", 5, "recipe.lora.target_modules must be of type list or str, got 5"),
+    ],
+)
+def test_a_lora_value_of_another_type_is_named(key: str, value: Any, message: str) -> None:
+    data = {name: section for name, section in MINIMAL.items() if name != "mixture"} | {"lora": {key: value}}
+    with pytest.raises(ValueError, match=message):
+        build(Recipe, data, "recipe")
+
+
+@pytest.mark.parametrize(
     ("path", "value", "message"),
     [
         ("schema", "molora.recipe/2", "recipe.schema must be one of 'molora.recipe/1'"),
@@ -110,6 +125,8 @@ def test_an_unknown_lora_key_is_named() -> None:
         ("training__output_dir", None, "recipe.training.output_dir must be of type str, got None"),
         ("training__output_dir", "", "recipe.training.output_dir is empty"),
         ("training__zzz", 1, "'zzz' in recipe.training; the keys are those of transformers.TrainingArguments$"),
+        ("mixing__seed", -1, "mixing: seed=-1 must be at least 0"),
+        ("tasks__0__parse", "(", "task 'sums': parse='.' is not a regular expression: missing"),
         ("evaluation__batch_size", 0, "evaluation.batch_size=0 must be at least 1"),
         ("tasks__0__eval__limit", 0, "task 'sums': eval.limit=0 must be at least 1"),
         ("tasks__0__eval__max_new_tokens", 0, "task 'sums': eval.max_new_tokens=0 must be at least 1"),

@@ -93,9 +93,21 @@ def resolve(model: str) -> str:
 
 
 def adapter_base(model: str) -> str | None:
-    """The base that an adapter directory names; ``None`` if ``model`` is not an adapter directory."""
-    config = Path(model) / "adapter_config.json"
-    return json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config.is_file() else None
+    """The base that an adapter directory names; ``None`` if ``model`` is not an adapter directory.
+
+    Raises:
+        ValueError: the adapter's config cannot be read or names no base.
+    """
+    path = Path(model).expanduser() / "adapter_config.json"
+    if not path.is_file():
+        return None
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is not the config of an adapter ({type(error).__name__}: {error})") from error
+    if not isinstance(base, str):
+        raise ValueError(f"{path} names no base; write its hub id or directory under base_model_name_or_path")
+    return base
 
 
 def load_model(model: str, *, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -48,7 +48,9 @@ def read_suite(path: str | Path) -> Suite:
     data = read_yaml(path)
     schema = data.pop("schema", None)
     if schema == "molora.recipe/1":
-        sequence, evaluation = data.get("sequence") or {}, data.get("evaluation") or {}
+        sequence, evaluation = (data.get(key) or {} for key in ("sequence", "evaluation"))
+        if not isinstance(sequence, dict) or not isinstance(evaluation, dict):
+            raise ValueError(f"{path}: sequence and evaluation must be mappings of keys")
         data = {"tasks": data.get("tasks", []), "max_length": sequence.get("max_length")}
         data |= {key: evaluation[key] for key in ("batch_size",) if key in evaluation}
     elif schema != "molora.suite/1":

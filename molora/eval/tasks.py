@@ -89,6 +89,10 @@ class TaskConfig:
             fail("choices needs at least two entries and a prompt template")
         if self.metric == "choice" and self.choices is None:
             fail("metric 'choice' needs choices")
+        try:
+            re.compile(self.parse or "")
+        except re.error as error:
+            fail(f"parse={self.parse!r} is not a regular expression: {error}")
         for key, template in (("prompt", self.prompt), ("answer", self.answer), *self._choice_templates()):
             try:
                 list(Formatter().parse(template or ""))

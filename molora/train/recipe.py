@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +11,7 @@ import yaml
 from molora.eval.strict import apply_overrides, build, read_yaml
 from molora.eval.suite import Suite
 from molora.eval.tasks import TaskConfig
-from molora.suggest import unknown_key_message
-from molora.train.settings import check_training
+from molora.train.settings import check_lora, check_training
 
 SCHEMA = "molora.recipe/1"
 
@@ -43,6 +42,8 @@ class MixingConfig:
                 f"mixing: strategy {self.strategy!r} with temperature={self.temperature}; a temperature goes with "
                 "strategy 'temperature' and with no other"
             )
+        if self.seed < 0:
+            raise ValueError(f"mixing: seed={self.seed} must be at least 0")
         if self.temperature is not None and self.temperature <= 0:
             raise ValueError(f"mixing: temperature={self.temperature} must be above 0")
 
@@ -153,10 +154,7 @@ def adapter_config(recipe: Recipe) -> Any:
     from peft import LoraConfig
 
     assert recipe.lora is not None
-    keys = {field.name for field in fields(LoraConfig) if field.init}
-    for key in recipe.lora:
-        if key not in keys:
-            raise ValueError(unknown_key_message("recipe.lora", key, keys))
+    check_lora(recipe.lora)
     return LoraConfig(**{"task_type": "CAUSAL_LM"} | recipe.lora)
 
 

@@ -1,10 +1,16 @@
-"""The recipe's ``training`` section: which keys of transformers.TrainingArguments it takes, and their values."""
+"""The keys and plain values of the recipe's ``training`` (TrainingArguments) and ``lora`` (LoraConfig) sections."""
 
 from __future__ import annotations
 
 import difflib
+from dataclasses import fields
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from molora.suggest import unknown_key_message
+
+_PLAIN = (bool, int, float, str, list, dict)
 
 # Set by molora, or served by another section; a setting that would be ignored is an error.
 REFUSED_KEYS = {
@@ -61,10 +67,27 @@ def check_training(training: dict[str, Any]) -> None:
         raise ValueError("recipe.training.output_dir is empty; give the directory for checkpoints and the adapter")
 
 
+def check_lora(keys: dict[str, Any]) -> None:
+    """Checks keys and the types of plain values of peft.LoraConfig, which fails at some far later.
+
+    Raises:
+        ValueError: one sentence that names the key.
+    """
+    from peft import LoraConfig
+
+    hints = get_type_hints(LoraConfig)
+    known = {field.name for field in fields(LoraConfig) if field.init}
+    for key, value in keys.items():
+        if key not in known:
+            raise ValueError(unknown_key_message("recipe.lora", key, known))
+        # PEFT scales by any number, whatever its annotation says.
+        _check_type(f"recipe.lora.{key}", value, float if key == "lora_alpha" else hints[key])
+
+
 def _check_type(where: str, value: Any, annotation: Any) -> None:
-    options = get_args(annotation) or (annotation,)
-    plain = tuple(option for option in options if option in (bool, int, float, str))
-    # Enumerations, mappings and lists are checked by TrainingArguments.
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    plain = tuple(t for t in (get_origin(option) or option for option in options) if t in _PLAIN)
+    # Enumerations and the like are checked by the library itself.
     if len(plain) + (type(None) in options) < len(options) or (value is None and type(None) in options):
         return
     if isinstance(value, bool):
@@ -79,8 +102,6 @@ def _check_type(where: str, value: Any, annotation: Any) -> None:
 
 @cache
 def _types() -> dict[str, Any]:
-    from dataclasses import fields
-
     from transformers import TrainingArguments
 
     hints = get_type_hints(TrainingArguments)
