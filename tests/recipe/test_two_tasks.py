@@ -45,12 +45,11 @@ def test_two_tasks_are_learned_saved_and_used(tmp_path: Path) -> None:
     for report in results["training"]["data"]:
         assert report["used"] + report["too_long"] + report["no_label"] == report["rows"]
     assert (after["scan"]["n"] + after["scan"]["skipped_too_long"], after["scan"]["metric"]) == (256, "exact_match")
-    assert (after["sst2"]["n"] + after["sst2"]["skipped_too_long"], after["sst2"]["metric"]) == (872, "choice")
+    assert (after["agnews"]["n"] + after["agnews"]["skipped_too_long"], after["agnews"]["metric"]) == (256, "choice")
 
-    # The base cannot do scan at all; afterwards it does, and by more than chance.
-    assert before["scan"]["value"] == 0.0
-    assert after["scan"]["interval"][0] > 0.05
-    # No bar for sst2: a character model of this size needs more steps than this tier has (it stays near the majority).
+    # Learned: better than always giving the commonest answer, and better than before, by more than chance.
+    for name, entry in after.items():
+        assert entry["interval"][0] > max(entry["majority"], before[name]["value"]), (name, entry)
 
     # A new process that loads the adapter scores the same.
     molora("eval", str(out), "--out", str(tmp_path / "again.json"))
