@@ -100,8 +100,8 @@ class SharedRouting:
 
 
 def write_count(x: Tensor) -> int:
-    """How often `x` was written to; inference tensors do not count that."""
-    return -1 if x.is_inference() else x._version
+    """How often `x` was written to. Inference tensors do not count that, and a compiler follows writes by itself."""
+    return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 class MoloraLayer(nn.Module, BaseTunerLayer):
