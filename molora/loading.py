@@ -37,9 +37,17 @@ def check_state_dict(model: nn.Module, config: PeftConfig, adapter: str, state_d
     """
     check_base(model, config)
     expected = adapter_parameters(model, adapter)
-    # What PEFT saves beside the adapter's own tensors: full copies of modules, trained tokens, biases, embeddings.
-    beside = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    others = {n for n in state_dict if n not in expected and not n.startswith(tuple(beside)) and "molora_" in n}
+    # PEFT saves full copies of modules, trained tokens, biases and embeddings beside the adapter's own tensors: all of
+    # them have a place in the model, with or without the prefix of a PeftModel.
+    beside = tuple(name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    places = model.state_dict().keys()
+    others = {
+        n
+        for n in state_dict
+        if n not in places
+        and n.removeprefix("base_model.model.") not in places
+        and not (beside and n.startswith(beside))
+    }
     missing = [name for name in expected if name not in state_dict]
     if missing:
         raise ValueError(

@@ -224,6 +224,10 @@ def _with_extra(tensors: Tensors) -> Tensors:
     return {**tensors, TENSOR.replace("layers.0", "layers.9"): tensors[TENSOR].clone()}
 
 
+def _with_stranger(tensors: Tensors) -> Tensors:
+    return {**tensors, "base_model.model.model.layers.0.self_attn.q_proj.other.weight": tensors[TENSOR].clone()}
+
+
 def _misshaped(tensors: Tensors) -> Tensors:
     return {**tensors, TENSOR: tensors[TENSOR][:, :, 1:].clone()}
 
@@ -245,6 +249,10 @@ def saved(tmp_path: Path) -> Path:
     [
         (_without, r"lacks 1 of 42 tensors, first .*layers.0.self_attn.q_proj.molora_A.default.weight"),
         (_with_extra, r"has 1 tensors that this base with this config has no place for, first .*layers.9"),
+        (
+            _with_stranger,
+            r"has 1 tensors that this base with this config has no place for, first .*q_proj.other.weight",
+        ),
         (_misshaped, r"q_proj.molora_A.default.weight has shape \(4, 4, 31\) in the checkpoint and \(4, 4, 32\)"),
         (_with_nan, r"q_proj.molora_A.default.weight holds NaN or infinity"),
     ],
