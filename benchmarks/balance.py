@@ -21,7 +21,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import molora
-from molora.context import routing_statistics
+from molora.telemetry import routing_statistics
 
 NUM_EXPERTS = 8
 VOCAB = 256

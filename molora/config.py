@@ -13,12 +13,12 @@ from peft import PeftConfig, TaskType
 from peft.utils import CONFIG_NAME
 
 from molora.checks import check_bool, check_choice, check_fraction, check_int, check_names, check_number
-from molora.routers import RouterConfig, router_config
+from molora.routers import Centroid, RouterConfig, router_config
 from molora.suggest import unknown_key_message
 
 FORMAT_VERSION = 1
 
-Placement = Literal["linear", "block", "ffn"]
+Placement = Literal["linear", "block", "ffn", "ffn_linear"]
 
 
 class PeftTypeName(str):
@@ -50,7 +50,8 @@ class MoloraConfig(PeftConfig):
     An unknown key, at any depth, is a ValueError that names the nearest valid one (PEFT only warns).
 
     Attributes:
-        num_experts: experts in each mixture, >= 1.
+        num_experts: experts in each mixture, >= 1; or a list, one number for each decoder layer, or four for the
+            quarters of the depth (MoLA).
         r: rank of one expert, >= 1.
         lora_alpha: the factor of an expert's product is lora_alpha / r (lora_alpha / sqrt(r) with `use_rslora`).
         lora_dropout: probability of dropping an input feature of the experts, 0 <= p < 1; the router sees all of them.
@@ -59,9 +60,12 @@ class MoloraConfig(PeftConfig):
             standard deviation 1/r, B zero; False: both uniform, for tests.
         share_A: one A for all experts of a mixture (HydraLoRA).
         placement: "linear": a router for each adapted linear; "block": linears that read the same input (q/k/v;
-            gate/up) share one router; "ffn": an expert is a whole FFN with its own LoRA on each projection.
-        target_modules: the linears (placement "ffn": the FFN modules) to convert, as in LoraConfig: a list of name
-            endings, a regular expression, or "all-linear" for all of them but the output head.
+            gate/up) share one router; "ffn": an expert is a whole FFN with its own LoRA on each projection;
+            "ffn_linear": the projections of an FFN share one router, which reads the FFN's input, and each adds its own
+            mixture.
+        target_modules: the linears (placements "ffn" and "ffn_linear": the FFN modules) to convert, as in LoraConfig: a
+            list of name endings, a regular expression, or "all-linear" for all of them but the output head; also
+            "ffn-linear" for those inside FFNs, and "attention-linear" for the others.
         exclude_modules: what to leave out of `target_modules`; with placement "ffn" also single projections.
         plain_lora: ungated LoRA on other linears in the same adapter: {"target_modules", "r", "lora_alpha",
             "exclude_modules"}; target_modules "all-linear" means every linear that the mixture does not take.
@@ -77,7 +81,7 @@ class MoloraConfig(PeftConfig):
     """
 
     task_type: str | None = field(default="CAUSAL_LM")
-    num_experts: int = 8
+    num_experts: int | list[int] = 8
     r: int = 16
     lora_alpha: float = 32
     lora_dropout: float = 0.0
@@ -125,8 +129,8 @@ class MoloraConfig(PeftConfig):
                 "upgrade molora"
             )
         check_choice("task_type", self.task_type, (None, "CAUSAL_LM", TaskType.CAUSAL_LM))
-        for key in ("num_experts", "r"):
-            check_int(key, getattr(self, key))
+        check_int("r", self.r)
+        self.num_experts = _num_experts(self.num_experts)
         check_number("lora_alpha", self.lora_alpha, above=0)
         check_fraction("lora_dropout", self.lora_dropout)
         for key in ("use_rslora", "share_A", "ensure_weight_tying"):
@@ -140,15 +144,30 @@ class MoloraConfig(PeftConfig):
         self._check_modules()
         if self.expert_names is not None:
             check_names("expert_names", self.expert_names)
+            if isinstance(self.num_experts, list):
+                raise ValueError("expert_names needs the same experts in every layer, so num_experts as one number")
             if len(set(self.expert_names)) != self.num_experts or len(self.expert_names) != self.num_experts:
                 raise ValueError(
                     f"expert_names has {len(self.expert_names)} names for num_experts={self.num_experts}; give one of "
                     "its own to each expert"
                 )
         self.router = router_config(self.router)
-        self.router.check(self.num_experts)
+        counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
+        for count in set(counts):
+            self.router.check(count, self.r, self.placement)
+        if len(set(counts)) > 1:
+            self._check_counts(self.router)
         if self.plain_lora is not None:
             self.plain_lora = _plain_lora(self.plain_lora, self)
+
+    def _check_counts(self, router: RouterConfig) -> None:
+        if getattr(router, "balance_pool", "layer") == "model" or getattr(router, "log_balance_coef", 0):
+            raise ValueError(
+                f"num_experts={self.num_experts} differs by layer, so no loss can be pooled over the model; "
+                "set router.balance_pool to 'layer' or 'router' and router.log_balance_coef to 0"
+            )
+        if isinstance(router, Centroid):
+            raise ValueError("router 'centroid' has one expert for each set of prompts; give num_experts as one number")
 
     def _check_patterns(self) -> None:
         for key in ("rank_pattern", "alpha_pattern"):
@@ -160,10 +179,10 @@ class MoloraConfig(PeftConfig):
                     check_int(f"{key}[{name!r}]", value)
                 else:
                     check_number(f"{key}[{name!r}]", value, above=0)
-        if self.placement == "ffn" and (self.rank_pattern or self.alpha_pattern):
+        if self.placement in ("ffn", "ffn_linear") and (self.rank_pattern or self.alpha_pattern):
             raise ValueError(
-                "rank_pattern and alpha_pattern name linears, but with placement 'ffn' all projections of an expert "
-                "share r and lora_alpha; leave the patterns out"
+                f"rank_pattern and alpha_pattern name linears, but with placement {self.placement!r} all projections "
+                "of an FFN share r and lora_alpha; leave the patterns out"
             )
 
     def _check_modules(self) -> None:
@@ -192,6 +211,17 @@ class MoloraConfig(PeftConfig):
         """A JSON-ready dict that makes an equal config; the router with its name."""
         assert isinstance(self.router, RouterConfig)
         return {**super().to_dict(), "router": self.router.to_dict()}
+
+
+def _num_experts(value: Any) -> int | list[int]:
+    if not isinstance(value, (list, tuple)):
+        check_int("num_experts", value)
+        return value  # type: ignore[no-any-return]
+    if not value:
+        raise ValueError("num_experts=[] is empty; give one number, one for each decoder layer, or four")
+    for i, count in enumerate(value):
+        check_int(f"num_experts[{i}]", count)
+    return list(value)
 
 
 def _module_names(key: str, names: Any) -> list[str] | str:

@@ -16,66 +16,28 @@ import contextlib
 import inspect
 import itertools
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from molora.routers import RouterConfig
+from molora.record import ForwardInputs, ForwardRecord, Site, count_choices, in_backward, router_gradients, token_mask
+from molora.window import Window, on_optimizer_step, steps_model
 
 _MAX_RECORDS = 256  # forwards that wait for their backward
 _MAX_DONE = 8  # forwards whose backward has run, kept for a second one (retain_graph)
+# What belongs to a process or a forward, and is not copied with a model.
+_TRANSIENT = {"handle", "inputs", "window", "use", "model", "recorder", "_numbers"}
+_TRANSIENT |= {"opened", "last", "in_backward_of", "losses", "records"}
 _handles = itertools.count()
 
 # Operators take tensors and numbers only, so they find the runtime of a model by number. Weak: a model takes its own
 # with it.
 RUNTIMES: WeakValueDictionary[int, Runtime] = WeakValueDictionary()
-
-
-@dataclass(frozen=True)
-class Site:
-    """One router in the model: where it sits, whose it is, and how its losses are made."""
-
-    name: str
-    adapter: str
-    router: RouterConfig
-
-
-@dataclass(eq=False)
-class ForwardRecord:
-    """One forward of the base model, until its backward.
-
-    Attributes:
-        number: counts forwards; the ticket that operators carry.
-        token_mask: (T,) bool, or None: every token counts.
-        explicit: whether the base model's hooks opened it; a compiled forward opens its own at the first statistics.
-        stats: for each site the (S,) statistics, detached.
-        weights: what each observed output adds to the weight the trainer gives this forward's mean LM loss, 0-dim; None
-            where the loss is no multiple of it. Filled as a backward begins, anew in each.
-        backward: the backward that filled `weights`.
-        given_weight: the weight set by `aux_weight`, which then holds.
-        grads: for each site the gradient of the losses; made at the first backward, when all layers have recorded.
-        losses: for each adapter the value of its router losses, 0-dim.
-    """
-
-    number: int
-    token_mask: Tensor | None = None
-    explicit: bool = True
-    stats: dict[int, Tensor] = field(default_factory=dict)
-    weights: list[Tensor | None] = field(default_factory=list)
-    backward: int = -1
-    given_weight: float | None = None
-    grads: dict[int, Tensor] | None = None
-    losses: dict[str, Tensor] = field(default_factory=dict)
-
-
-def in_backward() -> bool:
-    """Whether autograd is running a backward on this thread: a forward in there is a recomputation."""
-    return torch._C._current_graph_task_id() != -1
 
 
 class Runtime:
@@ -88,11 +50,17 @@ class Runtime:
         self.shared: list[Any] = []  # the routings that linears of one block share within a forward
         self.given_weight: float | None = None
         self.warned = False
+        self.read_labels = False
+        self.recorder: Any = None
         self._reset()
 
     def _reset(self) -> None:
         self.handle = next(_handles)
-        self.token_mask: Tensor | None = None
+        self.inputs = ForwardInputs()
+        self.window = Window()
+        self.use: dict[int, Tensor] = {}  # for each site tokens, and tokens times each common statistic
+        self.model: Callable[[], nn.Module | None] = lambda: None
+        on_optimizer_step(self, Runtime.after_step)
         self.opened: ForwardRecord | None = None
         self.last: ForwardRecord | None = None
         self.in_backward_of: ForwardRecord | None = None
@@ -102,11 +70,10 @@ class Runtime:
         RUNTIMES[self.handle] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("handle", "token_mask", "opened", "last", "in_backward_of", "losses", "records", "_numbers")
-        return {k: v for k, v in self.__dict__.items() if k not in transient}
+        return {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, recorder=None)
         self._reset()
 
     # -- forward ---------------------------------------------------------------------------------------------------
@@ -139,20 +106,55 @@ class Runtime:
         position = self._positions.get(name, len(args))
         return kwargs.get(name, args[position] if position < len(args) else None)
 
-    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.token_mask = token_mask(self._argument("attention_mask", args, kwargs)) if model.training else None
+    def _before(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        task_labels = kwargs.pop("task_labels", None)  # ours; no base model knows it
+        self.inputs = ForwardInputs(embedding=self.inputs.embedding)
+        if model.training:
+            self.inputs.token_mask = token_mask(self._argument("attention_mask", args, kwargs))
+            self.inputs.task_labels = self._checked_labels(task_labels)
         for routing in self.shared:
             routing.clear()
-        if torch.compiler.is_compiling():
-            return
-        if self.unverified:
-            self._verify(model, self)
-        self.opened = self._open(explicit=True) if model.training else None
+        if not torch.compiler.is_compiling():
+            if self.unverified:
+                self._verify(model, self)
+            if model.training:
+                self._refuse_checkpointing(model)
+            self.model = weakref.ref(model)
+            self.opened = self._open(explicit=True) if model.training else None
+        return args, kwargs
+
+    def _checked_labels(self, labels: Tensor | None) -> Tensor | None:
+        """The task labels, which must be numbers of tasks; read on the host where that costs nothing, and once where
+        it does."""
+        if labels is None or torch.compiler.is_compiling():
+            return labels
+        known = [n for n in (s.router.config.task_labels(s.router.num_gates) for s in self.sites) if n]
+        if not known:
+            return labels
+        if (labels.device.type == "cpu" or not self.read_labels) and labels.numel() and int(labels.max()) >= min(known):
+            raise ValueError(
+                f"task_labels holds {int(labels.max())}, but this router tells {min(known)} tasks apart; give numbers "
+                f"from 0 to {min(known) - 1}, or a negative one for no task"
+            )
+        self.read_labels = True
+        return labels
+
+    def _refuse_checkpointing(self, model: nn.Module) -> None:
+        for site in self.sites:
+            if site.router.config.moves_in_forward and any(
+                getattr(module, "gradient_checkpointing", False) for module in model.modules()
+            ):
+                raise ValueError(
+                    f"{site.name}: bias_update='forward' moves the router's bias in each forward, and activation "
+                    "checkpointing runs forwards twice; use bias_update='step' or switch checkpointing off"
+                )
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         for routing in self.shared:
             routing.clear()
-        self.token_mask = None
+        self.inputs = ForwardInputs()
         if not model.training or not torch.is_grad_enabled():
             self.opened = None
             return None
@@ -161,7 +163,7 @@ class Runtime:
         return output
 
     def _open(self, explicit: bool) -> ForwardRecord:
-        record = ForwardRecord(next(self._numbers), self.token_mask, explicit, given_weight=self.given_weight)
+        record = ForwardRecord(next(self._numbers), self.inputs, explicit, given_weight=self.given_weight)
         if explicit and not torch.is_grad_enabled():
             return record  # no backward will ask for it
         self.records[record.number] = self.last = record
@@ -173,12 +175,12 @@ class Runtime:
             self.records.popitem(last=False)
         return record
 
-    def current_mask(self) -> Tensor | None:
-        """The token mask of the forward that is running, or that is being recomputed."""
+    def current_inputs(self) -> ForwardInputs:
+        """What is known of the tokens of the forward that is running, or that is being recomputed."""
         if torch.compiler.is_compiling() or not in_backward():
-            return self.token_mask
+            return self.inputs
         record = self.in_backward_of or self.last
-        return record.token_mask if record else None
+        return record.inputs if record else self.inputs
 
     def record(self, site: int, stats: Tensor) -> ForwardRecord:
         """The record a layer's statistics belong to; keeps them, unless this is a recomputation."""
@@ -204,6 +206,7 @@ class Runtime:
         record = self.records.get(number)
         if record is not None:
             self.in_backward_of = record
+            self._count(record)
             task = torch._C._current_graph_task_id()
             if record.backward != task:
                 record.backward, record.weights = task, []
@@ -223,20 +226,40 @@ class Runtime:
                 f"no statistics of {self.sites[site].name} for this backward: more than {_MAX_RECORDS} forwards came "
                 f"in between, or {_MAX_DONE} backwards since its first one, or its forward ran outside training"
             )
+        self._count(record)
         if record.grads is None:
             self._compute_losses(record)
         assert record.grads is not None
         return self._weight(record, record.grads[site]) * record.grads[site]
 
+    def _count(self, record: ForwardRecord) -> None:
+        """Adds the choices of a forward to the window and to the telemetry, once, as its backward begins."""
+        if not record.counted:
+            record.counted = True
+            count_choices(record.stats, self.sites, self.window, self.use)
+
     def _compute_losses(self, record: ForwardRecord) -> None:
-        record.grads = {}
-        for adapter in {self.sites[site].adapter for site in record.stats}:
-            sites = [site for site in record.stats if self.sites[site].adapter == adapter]
-            device = record.stats[sites[0]].device  # a model may lie on several
-            losses = self.sites[sites[0]].router.losses([record.stats[site].to(device) for site in sites])
-            record.losses[adapter] = losses.value
-            record.grads.update(zip(sites, losses.grads, strict=True))
+        record.grads, record.losses = router_gradients(record.stats, self.sites, self.window)
         self.losses = record.losses
+
+    def record_routing(self, site: int, routing: Any, rows: int) -> None:
+        """Hands a routing to `record_routing`, unless this is a recomputation."""
+        if torch.compiler.is_compiling():
+            raise ValueError("record_routing needs the model as it is, not compiled; record the uncompiled one")
+        if not in_backward():
+            self.recorder.add(self.sites[site].name, routing, rows)
+
+    # -- optimiser step --------------------------------------------------------------------------------------------
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called after a step of any optimizer of the process."""
+        model = self.model()
+        if self.window and model is not None and steps_model(optimizer, model):
+            self.end_step()
+
+    def end_step(self) -> None:
+        """Ends the window of micro-batches: routers with state of their own move it."""
+        self.window.close(lambda site: self.sites[site].router)
 
     def _weight(self, record: ForwardRecord, like: Tensor) -> Tensor:
         if record.given_weight is not None:
@@ -252,26 +275,6 @@ class Runtime:
                 stacklevel=2,
             )
         return torch.ones_like(like[0])
-
-
-def token_mask(attention_mask: Any) -> Tensor | None:
-    """Which tokens count, from an attention mask as transformers has them.
-
-    Args:
-        attention_mask: None, (B, T) with 0 for padding, (B, 1, T, T) bool or additive, or a dict of those (Gemma-3).
-
-    Returns:
-        (B*T,) bool. In a 4-D mask a token counts if it may attend to itself. None if every token counts.
-    """
-    if isinstance(attention_mask, Mapping):
-        attention_mask = next((m for m in attention_mask.values() if m is not None), None)
-    if not isinstance(attention_mask, Tensor):
-        return None
-    if attention_mask.dim() == 4:
-        queries, keys = attention_mask.shape[-2:]
-        diagonal = attention_mask[:, 0].diagonal(keys - queries, -2, -1)
-        return (diagonal if diagonal.dtype == torch.bool else diagonal == 0).flatten()
-    return attention_mask.bool().flatten() if attention_mask.dim() == 2 else None
 
 
 def runtime_of(model: nn.Module) -> Runtime:
@@ -303,18 +306,9 @@ def aux_weight(model: nn.Module, weight: float) -> Iterator[None]:
         runtime.given_weight = before
 
 
-def routing_statistics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The statistics of the last training forward: for each router ``load`` (E,), ``mean_probability`` (E,) and more.
+def end_step(model: nn.Module) -> None:
+    """Tells the routers that an optimiser step was taken, where nothing else does.
 
-    Tensors on the model's device, not synchronised. Empty before the first training forward.
+    Steps of torch optimizers, DeepSpeed's among them, are seen without this; it is for updates written by hand.
     """
-    runtime = runtime_of(model)
-    record = runtime.last
-    if record is None:
-        return {}
-    return {runtime.sites[i].name: runtime.sites[i].router.describe(stats) for i, stats in record.stats.items()}
-
-
-def router_losses(model: nn.Module) -> dict[str, Tensor]:
-    """For each adapter the value of its router losses (0-dim) in the last forward whose backward has run."""
-    return dict(runtime_of(model).losses)
+    runtime_of(model).end_step()

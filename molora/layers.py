@@ -13,11 +13,12 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from molora.aux_loss import attach
-from molora.context import Runtime, Site
+from molora.context import Runtime
 from molora.experts import make_experts, scaling_factor
 from molora.kernels import selection
 from molora.kernels.reference import Projection
-from molora.routers import RouterConfig, Routing
+from molora.record import Site
+from molora.routers import RouterConfig, Routing, Tokens
 
 NOT_MERGEABLE = (
     "a mixture cannot be merged into the base, because its gates differ from token to token; export the adapter itself "
@@ -44,7 +45,8 @@ class MixtureSpec:
 
     @property
     def scaling(self) -> float:
-        return scaling_factor(self.lora_alpha, self.r, self.use_rslora)
+        rank = self.r if self.router is None else self.router.scaling_rank(self.r)
+        return scaling_factor(self.lora_alpha, rank, self.use_rslora)
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
@@ -56,10 +58,25 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
 
 
-class SharedRouting:
-    """The routing of linears that read the same input, computed by the first and used by all of them.
+@dataclass(frozen=True)
+class RouterPlace:
+    """Where a router sits.
 
-    Kept only while one input passes through the block: cleared with the last member, and with each forward.
+    Attributes:
+        name: what reports call it.
+        layer: number of its decoder layer, None where its name has none.
+        features: size of what it reads, None: the input of its module.
+    """
+
+    name: str
+    layer: int | None = None
+    features: int | None = None
+
+
+class SharedRouting:
+    """The routing of modules that route by the same tensor, computed by the first and used by all of them.
+
+    Kept only while that tensor is in use: cleared with the last member, and with each forward.
     """
 
     def __init__(self) -> None:
@@ -87,11 +104,11 @@ class SharedRouting:
             and write_count(x) == self.version
         )
 
-    def get(self, adapter: str, x: Tensor) -> Routing:
-        """The routing of `x`, computed once for all members that pass the same tensor."""
-        if self.routing is None or not self._same(x):
+    def get(self, adapter: str, x: Tensor, key: Tensor) -> Routing:
+        """The routing of the tokens of `x` by the tensor `key`, computed once for all members that pass the same."""
+        if self.routing is None or not self._same(key):
             assert self.owner is not None
-            self.routing, self.x, self.version, self.uses = self.owner.route(adapter, x), x, write_count(x), 0
+            self.routing, self.x, self.version, self.uses = self.owner.route(adapter, x), key, write_count(key), 0
         routing = self.routing
         self.uses += 1
         if self.uses >= self.members:
@@ -138,12 +155,21 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         getattr(self, f"molora_B{part}")[adapter] = B
         self.molora_specs.setdefault(adapter, {})[part] = spec
 
-    def add_router(self, adapter: str, in_features: int, spec: MixtureSpec, name: str) -> None:
-        """Gives `adapter` a router of its own here; `name` is what reports call it."""
+    def add_router(
+        self, adapter: str, in_features: int, spec: MixtureSpec, place: RouterPlace, shared: SharedRouting | None
+    ) -> None:
+        """Gives `adapter` a router here, unless it uses that of another member of `shared`."""
         assert spec.router is not None
-        self.molora_router[adapter] = spec.router.build(in_features, spec.num_experts)
+        if shared is not None:
+            self.molora_shared[adapter] = shared
+            shared.members += 1
+            if shared.owner is not None:
+                return
+            shared.owner = self
+        router = spec.router.build(place.features or in_features, spec.num_experts, spec.r)
+        self.molora_router[adapter] = router
         self.molora_sites[adapter] = len(self.molora_runtime.sites)
-        self.molora_runtime.sites.append(Site(name, adapter, spec.router))
+        self.molora_runtime.sites.append(Site(place.name, adapter, router, place.layer))
 
     def finish(self, adapter: str, inference_mode: bool) -> None:
         """After the parts of an adapter are in place: device, dtype, trainability."""
@@ -166,25 +192,49 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
             if adapter in entries and dtype is not None and dtype.is_floating_point:
                 entries[adapter].to(dtype)
 
+    def routing(self, adapter: str, x: Tensor) -> Routing:
+        """The routing of x (..., D) by this layer's router, or by the one it shares."""
+        shared = self.molora_shared.get(adapter)
+        if shared is None:
+            return self.route(adapter, x)
+        embedding = self.molora_runtime.current_inputs().embedding
+        return shared.get(adapter, x, x if embedding is None else embedding)
+
     def route(self, adapter: str, x: Tensor) -> Routing:
-        """The routing of x (..., D) by this layer's router; in training with the router losses on its gates."""
-        runtime = self.molora_runtime
-        tokens = x.flatten(0, -2)
-        mask = None
-        if self.training:
-            mask = runtime.current_mask()
-            if mask is not None and mask.shape[0] != tokens.shape[0]:
-                site = runtime.sites[self.molora_sites[adapter]].name
-                raise ValueError(
-                    f"{site} got {tokens.shape[0]} tokens but the attention mask has {mask.shape[0]}; pass the mask of "
-                    "these tokens, or none if all of them count"
-                )
-            mask = mask if mask is None else mask.to(x.device)
-        routing: Routing = self.molora_router[adapter](tokens, mask, with_stats=self.training)
+        """The routing of x (..., D) by this layer's own router; in training with the router losses on its gates."""
+        runtime, router = self.molora_runtime, self.molora_router[adapter]
+        x = x if x.dim() > 2 else x.unsqueeze(0)
+        rows, hidden = x.shape[:-1].numel() // x.shape[-2] if x.shape[-2] else 1, x.flatten(0, -2)
+        inputs = runtime.current_inputs()
+        mask = self._of_tokens(adapter, inputs.token_mask, rows, hidden)
+        labels = self._of_tokens(adapter, inputs.task_labels, rows, hidden)
+        if self.training and labels is None and router.config.task_labels(router.num_gates):
+            raise ValueError(
+                f"{runtime.sites[self.molora_sites[adapter]].name}: the loss of this router is made of task labels, "
+                "and this training batch has none; pass task_labels, (rows,) or (rows, length), with each batch"
+            )
+        routing: Routing = router(hidden, Tokens(rows, mask, labels, inputs.embedding), with_stats=self.training)
         if routing.stats is not None:
             gates = attach(runtime, self.molora_sites[adapter], routing.gates, routing.stats)
             routing = routing._replace(gates=gates)
+        if runtime.recorder is not None:
+            runtime.record_routing(self.molora_sites[adapter], routing, rows)
         return routing
+
+    def _of_tokens(self, adapter: str, values: Tensor | None, rows: int, hidden: Tensor) -> Tensor | None:
+        """One value for each token (T,), of values given for each token or, for labels, for each row."""
+        if values is None:
+            return None
+        what = "attention mask" if values.dtype == torch.bool else "task_labels tensor"
+        values = values.to(hidden.device).flatten()
+        if len(values) == rows and values.dtype != torch.bool:
+            values = values.repeat_interleave(hidden.shape[0] // max(rows, 1))
+        if len(values) != hidden.shape[0]:
+            raise ValueError(
+                f"{self.molora_runtime.sites[self.molora_sites[adapter]].name} got {hidden.shape[0]} tokens but the "
+                f"{what} has {len(values)}; pass one of these tokens, or none if all of them count"
+            )
+        return values
 
     def experts(self, adapter: str, part: str) -> Projection | None:
         """The expert parameters of one projection, or None where the adapter leaves it alone."""
@@ -242,19 +292,14 @@ class MixedLinear(MoloraLayer):
         return linear_features(self.base_layer)[1]  # type: ignore[index]
 
     def update_layer(
-        self, adapter: str, spec: MixtureSpec, name: str, shared: SharedRouting | None, inference_mode: bool
+        self, adapter: str, spec: MixtureSpec, place: RouterPlace, shared: SharedRouting | None, inference_mode: bool
     ) -> None:
-        """Adds an adapter; `shared` where the linear is one of a block."""
+        """Adds an adapter; `shared` where the linear uses a router together with others."""
         features = linear_features(self.base_layer)
         assert features is not None
         self.add_part(adapter, "", features, spec)
-        if shared is not None:
-            self.molora_shared[adapter] = shared
-            shared.members += 1
-        if spec.router is not None and (shared is None or shared.owner is None):
-            self.add_router(adapter, features[0], spec, name)
-            if shared is not None:
-                shared.owner = self
+        if spec.router is not None:
+            self.add_router(adapter, features[0], spec, place, shared)
         self.finish(adapter, inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -268,8 +313,7 @@ class MixedLinear(MoloraLayer):
             assert experts is not None
             gates = None
             if self.molora_specs[adapter][""].router is not None:
-                shared = self.molora_shared.get(adapter)
-                gates = (self.route(adapter, x) if shared is None else shared.get(adapter, x)).gates
+                gates = self.routing(adapter, x).gates
             inplace = owns_output(self.base_layer, x, out)
             inputs, dropout = self.drop(adapter, "", x)
             out = selection.mixture_linear(

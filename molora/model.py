@@ -94,12 +94,13 @@ class MoloraModel(BaseTuner):
         if isinstance(entry, FFNPlan):
             if not isinstance(layer, MixedFFN):
                 layer = MixedFFN(target, entry.structure, self._runtime)
-            layer.update_layer(adapter_name, entry.specs, entry.site, inference_mode)
+            shared = self._shared[entry.block] if entry.block else None
+            layer.update_layer(adapter_name, entry.specs, entry.place, shared, entry.by_projection, inference_mode)
         else:
             if not isinstance(layer, MixedLinear):
                 layer = MixedLinear(target, self._runtime)
             shared = self._shared[entry.block] if entry.block else None
-            layer.update_layer(adapter_name, entry.spec, entry.site, shared, inference_mode)
+            layer.update_layer(adapter_name, entry.spec, entry.place, shared, inference_mode)
         if layer is not target:
             layer.train(target.training)
             self._replace_module(parent, target_name, layer, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,9 +13,9 @@ from torch import nn
 from molora.config import MoloraConfig
 from molora.ffn import MixedFFN
 from molora.ffn_structure import FFNStructure, looks_like_ffn, probe_ffn
-from molora.layers import MixtureSpec, MoloraLayer, linear_features
-from molora.routers import RouterConfig
-from molora.targets import matches, select_modules
+from molora.layers import MixtureSpec, MoloraLayer, RouterPlace, linear_features
+from molora.routers import Centroid, RouterConfig
+from molora.targets import layer_index, matches, select_modules
 
 # Names under which siblings read the same input: attention's three, and the two before a gated activation.
 _SAME_INPUT = (
@@ -31,7 +32,7 @@ _SAME_INPUT = (
 class LinearPlan:
     """A linear to convert; `block` names the group whose router it shares, if it shares one."""
 
-    site: str
+    place: RouterPlace
     spec: MixtureSpec
     block: str | None = None
 
@@ -40,10 +41,11 @@ class LinearPlan:
 class FFNPlan:
     """An FFN to convert; `specs` holds the projections that get experts, by the name of their module."""
 
-    site: str
+    place: RouterPlace
     structure: FFNStructure
     specs: dict[str, MixtureSpec]
-    block: None = None
+    by_projection: bool = False
+    block: str | None = None
 
 
 Plan = dict[str, LinearPlan | FFNPlan]
@@ -56,21 +58,98 @@ def plan_conversion(model: nn.Module, config: MoloraConfig) -> Plan:
         ValueError: see `MoloraModel`.
     """
     _refuse_mixture_of_experts(model)
-    linears, blocks = _modules(model)
+    linears, ffns = _modules(model)
     spec = _spec(config)
-    if config.placement == "ffn":
-        plan = _plan_ffns(model, config, blocks, spec)
+    if config.placement in ("ffn", "ffn_linear"):
+        plan = _plan_ffns(model, config, ffns, spec)
     else:
-        plan = _plan_linears(model, config, linears, spec)
+        plan = _plan_linears(model, config, _linears_of(config, linears, ffns), spec)
+    _set_num_experts(model, config, plan)
+    for name, entry in plan.items():
+        _check_router(name, entry, config)
+    if isinstance(config.router, Centroid) and config.router.reads_embedding:
+        place = query_place(model, config.router, plan)
+        plan = {name: replace(entry, place=place, block=place.name) for name, entry in plan.items()}
     if config.plain_lora is not None:
         plan |= _plan_plain_lora(model, config, linears, plan, spec)
     return plan
 
 
+def _linears_of(
+    config: MoloraConfig, linears: dict[str, nn.Module], ffns: dict[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """The linears among which target_modules chooses: "ffn-linear" those inside FFNs, "attention-linear" the others."""
+    if config.target_modules not in ("ffn-linear", "attention-linear"):
+        return linears
+    inside = tuple(f"{name}." for name in ffns) or ("\0",)
+    wanted = config.target_modules == "ffn-linear"
+    return {n: m for n, m in linears.items() if n.startswith(inside) == wanted}
+
+
+def _set_num_experts(model: nn.Module, config: MoloraConfig, plan: Plan) -> None:
+    """Gives each entry the number of experts of its decoder layer, where the config has a list of them (MoLA)."""
+    if isinstance(config.num_experts, int):
+        return
+    counts = config.num_experts
+    layers = {name: layer_index(name, config.layers_pattern) for name, _ in model.named_modules()}
+    depth = 1 + max((layer for layer in layers.values() if layer is not None), default=-1)
+    if len(counts) not in (4, depth):
+        raise ValueError(
+            f"num_experts={counts} has {len(counts)} numbers; give one for each of the {depth} decoder layers, or "
+            "four, for the quarters of the depth"
+        )
+    for name, entry in plan.items():
+        layer = layers[name]
+        if layer is None:
+            raise ValueError(f"num_experts={counts} is by decoder layer, but {name} is in none; exclude it")
+        own = counts[layer] if len(counts) == depth else counts[layer * 4 // depth]
+        if isinstance(entry, FFNPlan):
+            specs = {child: replace(spec, num_experts=own) for child, spec in entry.specs.items()}
+            plan[name] = replace(entry, specs=specs)
+        else:
+            plan[name] = replace(entry, spec=replace(entry.spec, num_experts=own))
+
+
+def _check_router(name: str, entry: LinearPlan | FFNPlan, config: MoloraConfig) -> None:
+    """Checks the router against what this module got: rank_pattern and expert counts may differ by module."""
+    spec = entry.spec if isinstance(entry, LinearPlan) else next(iter(entry.specs.values()))
+    assert spec.router is not None
+    try:
+        spec.router.check(spec.num_experts, spec.r, config.placement)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def query_place(model: nn.Module, router: Centroid, plan: Plan) -> RouterPlace:
+    """Where the one router of a model sits whose query is not its module's own input."""
+    if router.reads_text:
+        from molora.running_text import embedding_size
+
+        return RouterPlace("running text", None, embedding_size(router.embedder))
+    name = decoder_layer(model, router.layer or 0, list(plan))
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return RouterPlace(name, router.layer, embedding.weight.shape[1])
+
+
+def decoder_layer(model: nn.Module, layer: int, inside: list[str]) -> str:
+    """The name of decoder layer number `layer`, found from the names of modules inside decoder layers.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    stacks = {m.group(1) for name in inside if (m := re.match(r"(.*?)\d+\.", name))}
+    modules = dict(model.named_modules())
+    for stack in stacks:
+        if f"{stack}{layer}" in modules:
+            return f"{stack}{layer}"
+    depth = sum(name.rpartition(".")[0] + "." in stacks for name in modules)
+    raise ValueError(f"layer={layer}: this model has decoder layers 0 to {depth - 1}; choose one of them")
+
+
 def _spec(config: MoloraConfig) -> MixtureSpec:
     assert isinstance(config.router, RouterConfig)
     return MixtureSpec(
-        num_experts=config.num_experts,
+        num_experts=config.num_experts if isinstance(config.num_experts, int) else max(config.num_experts),
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
@@ -123,13 +202,14 @@ def _plan_linears(model: nn.Module, config: MoloraConfig, linears: dict[str, nn.
             r=config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), spec.r),
             lora_alpha=config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), spec.lora_alpha),
         )
-        plan[name] = LinearPlan(name, own)
+        plan[name] = LinearPlan(RouterPlace(name, layer_index(name, config.layers_pattern)), own)
     if config.placement == "block":
         for block, members in _blocks(names).items():
             for name in members:
                 entry = plan[name]
                 assert isinstance(entry, LinearPlan)
-                plan[name] = replace(entry, site=block, block=block if len(members) > 1 else None)
+                place = replace(entry.place, name=block)
+                plan[name] = replace(entry, place=place, block=block if len(members) > 1 else None)
     return plan
 
 
@@ -157,13 +237,14 @@ def _plan_ffns(model: nn.Module, config: MoloraConfig, ffns: dict[str, nn.Module
                 structure = probe_ffn(module)
             except ValueError as error:
                 raise ValueError(
-                    f"placement='ffn' cannot convert {name} ({type(module).__name__}): {error}; leave it out with "
-                    "exclude_modules, or use placement='linear'"
+                    f"placement={config.placement!r} cannot convert {name} ({type(module).__name__}): {error}; leave "
+                    "it out with exclude_modules, or use placement='linear'"
                 ) from None
         specs = {child: spec for _, child in structure.parts if not matches(config.exclude_modules, f"{name}.{child}")}
         if not specs:
             raise ValueError(f"exclude_modules={config.exclude_modules} leaves no projection of {name} to convert")
-        plan[name] = FFNPlan(name, structure, specs)
+        place = RouterPlace(name, layer_index(name, config.layers_pattern))
+        plan[name] = FFNPlan(place, structure, specs, config.placement == "ffn_linear")
     return plan
 
 
@@ -182,8 +263,10 @@ def _plan_plain_lora(
             raise ValueError(
                 f"plain_lora and the mixture both want {name}; leave it out of one of them with exclude_modules"
             )
-    return {name: LinearPlan(name, plain) for name in names}
+    return {name: LinearPlan(RouterPlace(name), plain) for name in names}
 
 
 def _targets(config: MoloraConfig) -> dict[str, Any]:
-    return {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
+    some = config.target_modules in ("ffn-linear", "attention-linear")  # what is left to choose from is all wanted
+    targets = "all-linear" if some else config.target_modules
+    return {"target_modules": targets, "exclude_modules": config.exclude_modules}

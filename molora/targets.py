@@ -20,6 +20,15 @@ def matches(targets: list[str] | str | None, name: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
+def layer_index(name: str, patterns: list[str] | str | None = None) -> int | None:
+    """The number of the layer a module is in: the last number in its name, or the one behind `layers_pattern`."""
+    patterns = patterns or "[^.]+"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if found := re.match(rf".*(?:^|\.){pattern}\.(\d+)(?:\.|$)", name):
+            return int(found.group(1))
+    return None
+
+
 def select_modules(
     model: nn.Module,
     config: MoloraConfig,
@@ -58,18 +67,10 @@ def select_modules(
     return names
 
 
-def _layer_index(name: str, config: MoloraConfig) -> int | None:
-    """The number of the layer a module is in: the last number in its name, or the one behind `layers_pattern`."""
-    patterns = config.layers_pattern or "[^.]+"
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if found := re.match(rf".*(?:^|\.){pattern}\.(\d+)(?:\.|$)", name):
-            return int(found.group(1))
-    return None
-
-
 def _in_layers(name: str, config: MoloraConfig) -> bool:
     layers = config.layers_to_transform
-    return layers is None or _layer_index(name, config) in ([layers] if isinstance(layers, int) else layers)
+    wanted = [layers] if isinstance(layers, int) else layers
+    return wanted is None or layer_index(name, config.layers_pattern) in wanted
 
 
 def _saved_whole(name: str, modules_to_save: list[str] | None) -> bool:
@@ -88,7 +89,7 @@ def _check_named(model: nn.Module, names: list[str] | str | None, key: str) -> N
 
 def _check_layers(names: list[str], config: MoloraConfig) -> None:
     layers = config.layers_to_transform
-    have = {index for name in names if (index := _layer_index(name, config)) is not None}
+    have = {index for name in names if (index := layer_index(name, config.layers_pattern)) is not None}
     missing = sorted({layers} - have if isinstance(layers, int) else set(layers or ()) - have)
     if missing:
         raise ValueError(

@@ -27,7 +27,9 @@ from gradients import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from molora.context import router_losses, routing_statistics, runtime_of, token_mask
+from molora.context import runtime_of
+from molora.record import token_mask
+from molora.telemetry import router_losses, routing_statistics
 from molora.layers import MoloraLayer
 
 EXACT = 1e-5  # relative, per parameter, fp32
@@ -248,7 +250,7 @@ def test_mask_of_another_length_is_named() -> None:
     model = mixture()
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     runtime = runtime_of(model)
-    runtime.token_mask = batch["attention_mask"][:, 1:].bool().flatten()
+    runtime.inputs.token_mask = batch["attention_mask"][:, 1:].bool().flatten()
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj got 6 tokens but the attention mask has"):
         layer(torch.randn(2, 3, 32))
     longer = functional.pad(batch["attention_mask"], (3, 0), value=1)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from molora.kernels import reference
 from molora.kernels.reference import Activation, Projection, combine, gate_ranks
 
 
@@ -134,11 +133,11 @@ def mixture_ffn(
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.mixture_ffn` with a hand-written backward; same arguments, same result.
 
-    Needs the K choices of each token; gates without choices (every expert for every token) go to the reference.
+    Works slot by slot; without `topk_ids` every expert is a slot of every token.
     `act` must be element-wise: its derivative is taken by autograd on the recomputed pre-activations.
     """
     if topk_ids is None:
-        return reference.mixture_ffn(x, pre, gates, topk_ids, up_experts, down_experts, act, residual=residual)
+        topk_ids = torch.arange(gates.shape[1], device=gates.device).expand(gates.shape)
     pairs = [*up_experts, down_experts]
     scalings = tuple(0.0 if p is None else p.scaling for p in pairs)
     flat = [t for p in pairs for t in ((None, None) if p is None else (p.A, p.B))]

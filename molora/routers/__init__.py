@@ -10,13 +10,36 @@ from dataclasses import fields
 from typing import Any
 
 from molora.checks import check_choice
-from molora.routers.base import Router, RouterConfig, RouterLosses, Routing
+from molora.routers.base import Router, RouterConfig, RouterLosses, Routing, SiteStats, Tokens
+from molora.routers.centroid import Centroid
+from molora.routers.rank_wise import RankWise
+from molora.routers.softmax import Softmax
+from molora.routers.threshold import Threshold
 from molora.routers.top_k import TopK
+from molora.routers.top_p import TopP
+from molora.routers.tsallis import Tsallis
 from molora.suggest import unknown_key_message
 
-__all__ = ["ROUTERS", "Router", "RouterConfig", "RouterLosses", "Routing", "TopK", "router_config"]
+__all__ = [
+    "ROUTERS",
+    "Centroid",
+    "RankWise",
+    "Router",
+    "RouterConfig",
+    "RouterLosses",
+    "Routing",
+    "SiteStats",
+    "Softmax",
+    "Threshold",
+    "Tokens",
+    "TopK",
+    "TopP",
+    "Tsallis",
+    "router_config",
+]
 
-ROUTERS: dict[str, type[RouterConfig]] = {config.name: config for config in (TopK,)}
+_CONFIGS: tuple[type[RouterConfig], ...] = (TopK, TopP, Tsallis, RankWise, Threshold, Softmax, Centroid)
+ROUTERS: dict[str, type[RouterConfig]] = {config.name: config for config in _CONFIGS}
 
 
 def router_config(value: RouterConfig | Mapping[str, Any] | str) -> RouterConfig:
@@ -34,6 +57,8 @@ def router_config(value: RouterConfig | Mapping[str, Any] | str) -> RouterConfig
     options = dict(value)
     name = options.pop("name", TopK.name)
     check_choice("router", name, ROUTERS)
+    if "pool_layers" in options:  # how adapters saved before 0.2 say balance_pool
+        options["balance_pool"] = "model" if options.pop("pool_layers") else "router"
     valid = [f.name for f in fields(ROUTERS[name])]
     for key in options:
         if key not in valid:

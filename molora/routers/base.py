@@ -3,29 +3,70 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+_SCALARS = ("tokens", "entropy_before", "entropy_after", "top1_share")
+
+
+class Tokens(NamedTuple):
+    """What is known of the T tokens of a forward beside their hidden states.
+
+    Attributes:
+        rows: sequences; T = rows * length, row by row.
+        mask: (T,) bool, True where a token counts; None means all count.
+        task_labels: (T,) int64, the task of each token, negative where it has none; None without labels.
+        embedding: (N, D') what a router reads instead of its own input, N dividing T; None: its own input.
+    """
+
+    rows: int = 1
+    mask: Tensor | None = None
+    task_labels: Tensor | None = None
+    embedding: Tensor | None = None
 
 
 class Routing(NamedTuple):
     """What a router decides for T tokens.
 
     Attributes:
-        gates: (T, G) fp32 (fp64 for fp64 input), zero where an expert is not chosen. G = E, or E*R for rank-wise.
+        gates: (T, G) fp32 (fp64 for fp64 input), zero where an expert is not chosen. G = E, or a divisor of the ranks
+            of one expert for rank-wise routing.
         topk_ids: (T, K) int64, the chosen experts where each token has exactly K of them, else None.
-        stats: (S,) means over the tokens that count, in the router's own order: what its losses and its telemetry are
-            made of. Differentiable where a loss needs it. None unless they were asked for.
+        stats: (S,) statistics of the tokens that count: the common ones, then what the router's own losses are made
+            of. Differentiable where a loss needs it. None unless they were asked for.
         sums_to_one: whether every token's gates sum to one by construction.
+        input_weight: (T, 1) multiple of the block's own input that an FFN mixture returns beside its experts, or None.
     """
 
     gates: Tensor
     topk_ids: Tensor | None
     stats: Tensor | None
     sums_to_one: bool
+    input_weight: Tensor | None = None
+
+
+class SiteStats(NamedTuple):
+    """The statistics of one router in one forward, as its losses see them.
+
+    Attributes:
+        own: what `Router.statistics` was given as `own`, detached, flat.
+        num_gates: G.
+        layer: number of the decoder layer, None where the module's name has none.
+        pooled: (E,) the `pooled_own` part, averaged over more tokens than this micro-batch's; None: over these.
+        share: 0-dim, the share that this micro-batch has in the tokens of `pooled`.
+    """
+
+    own: Tensor
+    num_gates: int
+    layer: int | None = None
+    pooled: Tensor | None = None
+    share: Tensor | None = None
 
 
 class RouterLosses(NamedTuple):
@@ -33,7 +74,7 @@ class RouterLosses(NamedTuple):
 
     Attributes:
         value: 0-dim, the sum of all losses, each times its coefficient.
-        grads: for each layer the gradient (S,) of `value` with respect to its statistics.
+        grads: for each router the gradient of `value` with respect to its own statistics, in their shape.
     """
 
     value: Tensor
@@ -46,26 +87,51 @@ class RouterConfig:
 
     name: ClassVar[str]
 
-    def check(self, num_experts: int) -> None:
-        """Raises ValueError where this config cannot route among `num_experts` experts."""
+    def check(self, num_experts: int, r: int, placement: str) -> None:
+        """Raises ValueError where this config cannot route among `num_experts` experts of rank r at that placement."""
 
-    def build(self, in_features: int, num_experts: int) -> Router:
+    def num_gates(self, num_experts: int, r: int) -> int:
+        """G, the gates of one token."""
+        return num_experts
+
+    def scaling_rank(self, r: int) -> int:
+        """The rank that lora_alpha is divided by: that of one expert, or the number of active ranks."""
+        return r
+
+    def build(self, in_features: int, num_experts: int, r: int) -> Router:
         """A new router for inputs of size `in_features`, on the default device, in fp32."""
         raise NotImplementedError
 
-    def losses(self, stats: Sequence[Tensor]) -> RouterLosses:
-        """The losses as a function of the statistics of all layers, with its gradient in closed form.
+    def losses(self, sites: Sequence[SiteStats]) -> RouterLosses:
+        """The losses as a function of the statistics of all routers, with its gradient in closed form.
 
         In closed form because it is computed inside an opaque operator, during a backward, where autograd is off.
-
-        Args:
-            stats: one (S,) tensor for each layer, detached.
         """
-        raise NotImplementedError
+        zero = sites[0].own.new_zeros(())
+        return RouterLosses(zero, [torch.zeros_like(site.own) for site in sites])
 
-    def describe(self, stats: Tensor) -> dict[str, Tensor]:
-        """Names the parts of one layer's statistics; ``"load"`` (E,) is the share of choices each expert got."""
-        raise NotImplementedError
+    def describe_own(self, own: Tensor, num_gates: int) -> dict[str, Tensor]:
+        """Names the parts of one router's own statistics, for reports."""
+        return {}
+
+    @property
+    def pool_over(self) -> str:
+        """The tokens over which `pooled_own` is averaged: "micro", "ranks" or "window"."""
+        return "micro"
+
+    def task_labels(self, num_experts: int) -> int:
+        """How many different task labels a loss of this router tells apart; 0: it needs none."""
+        return 0
+
+    @property
+    def moves_in_forward(self) -> bool:
+        """Whether a training forward changes state, so that no forward may be run twice for one backward."""
+        return False
+
+    @property
+    def moves_at_step(self) -> bool:
+        """Whether `Router.move` wants the choices of each optimiser step."""
+        return False
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that `molora.routers.router_config` turns back into an equal config."""
@@ -73,37 +139,113 @@ class RouterConfig:
 
 
 class Router(nn.Module):
-    """Base of the routers: a bias-free linear to one logit for each expert, computed in fp32 outside autocast."""
+    """Base of the routers: a linear to one logit for each gate, computed in fp32 outside autocast.
 
-    def __init__(self, config: RouterConfig, in_features: int, num_experts: int, init_std: float) -> None:
+    Args:
+        init_std: standard deviation of the initial weights; None: uniform in ±1/sqrt(D), nn.Linear's own.
+        bias: whether the linear has one; it starts at zero.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        in_features: int,
+        num_gates: int,
+        init_std: float | None = None,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(num_experts, in_features, dtype=torch.float32))
-        nn.init.normal_(self.weight, std=init_std)
+        self.num_gates = num_gates
+        self.weight = new_weight(num_gates, in_features, init_std)
+        self.bias = nn.Parameter(torch.zeros(num_gates, dtype=torch.float32)) if bias else None
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None, with_stats: bool = False) -> Routing:
+    def forward(self, x: Tensor, tokens: Tokens | None = None, with_stats: bool = False) -> Routing:
         """Routes each token by itself.
 
         Args:
             x: (T, D), any floating dtype.
-            token_mask: (T,) bool, True where a token counts in the statistics; None means all count.
+            tokens: what else is known of them; None: one row, all of it counts.
             with_stats: whether to compute the statistics.
         """
         with no_autocast(x.device):
-            return self.route(x, token_mask, with_stats)
+            return self.route(x, tokens or Tokens(), with_stats)
 
-    def route(self, x: Tensor, token_mask: Tensor | None, with_stats: bool) -> Routing:
+    def route(self, x: Tensor, tokens: Tokens, with_stats: bool) -> Routing:
         raise NotImplementedError
 
     def logits(self, x: Tensor) -> Tensor:
-        """``x W^T`` (T, E), accumulated in fp64 and rounded once to fp32 (fp64 input stays fp64).
+        """``x W^T + b``, (T, G); see `exact_linear`."""
+        return exact_linear(x, self.weight, self.bias)
 
-        An fp32 GEMM gives a row other last bits alone than in a batch, and top-k turns one such bit into another
-        expert; the rounding of an fp64 sum does not depend on the batch. Devices without fp64 accumulate in fp32.
+    def move(self, counts: Tensor) -> None:
+        """Changes non-gradient state at an optimiser step.
+
+        Args:
+            counts: (G,) int64, how many tokens chose each gate since the last step, on all ranks.
         """
-        accumulate = torch.float32 if x.device.type == "mps" else torch.float64
-        result = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return (x.to(accumulate) @ self.weight.to(accumulate).T).to(result)
+
+    @staticmethod
+    def statistics(probs: Tensor, gates: Tensor, chosen: Tensor, mask: Tensor | None, own: Tensor) -> Tensor:
+        """The statistics (S,): the common ones, detached, then the router's own.
+
+        Args:
+            probs: (T, G) the distribution before selection (normalised here).
+            chosen: (T, G) one where a token chose a gate.
+            own: the router's own statistics, any shape; differentiable.
+        """
+        with torch.no_grad():
+            total = gates.sum(1, keepdim=True)
+            share = gates / total.clamp(min=1e-20)
+            scalars = torch.cat([entropy(probs), entropy(gates), share.amax(1, keepdim=True)], 1)
+            means = masked_mean(torch.cat([scalars, chosen, gates], 1), mask)
+            count = means.new_full((1,), probs.shape[0]) if mask is None else mask.sum().to(means.dtype).view(1)
+        return torch.cat([count, means, own.flatten().to(means.dtype)])
+
+
+def common_size(num_gates: int) -> int:
+    """How many of a router's statistics are the common ones."""
+    return len(_SCALARS) + 2 * num_gates
+
+
+def split_statistics(stats: Tensor, num_gates: int) -> tuple[dict[str, Tensor], Tensor]:
+    """The common statistics by name, and the router's own, of `Router.statistics`.
+
+    tokens: how many counted. entropy_before, entropy_after: mean entropy of a token's probabilities and of its gates
+    (both normalised to sum one), over ln G, so within [0, 1]. top1_share: mean share of the largest gate in the sum of
+    a token's gates. load (G,): how often a token chose each gate, on average; mean_gate (G,): the mean of each gate.
+    """
+    size = common_size(num_gates)
+    scalars, load, gate, own = stats.split([len(_SCALARS), num_gates, num_gates, stats.shape[0] - size])
+    return dict(zip(_SCALARS, scalars.unbind(), strict=True)) | {"load": load, "mean_gate": gate}, own
+
+
+def entropy(values: Tensor) -> Tensor:
+    """Shannon entropy of each row after normalisation, over ln G: (T, G) to (T, 1) in [0, 1]; 0 for a row of zeros."""
+    p = values / values.sum(1, keepdim=True).clamp(min=1e-20)
+    return -torch.special.xlogy(p, p).sum(1, keepdim=True) / math.log(max(values.shape[1], 2))
+
+
+def new_weight(outputs: int, inputs: int, init_std: float | None) -> nn.Parameter:
+    """A new fp32 weight (outputs, inputs)."""
+    weight = nn.Parameter(torch.empty(outputs, inputs, dtype=torch.float32))
+    if init_std is None:
+        nn.init.uniform_(weight, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
+    else:
+        nn.init.normal_(weight, std=init_std)
+    return weight
+
+
+def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b``, accumulated in fp64 and rounded once to fp32 (fp64 input stays fp64).
+
+    An fp32 GEMM gives a row other last bits alone than in a batch, and a selection turns one such bit into another
+    expert; the rounding of an fp64 sum does not depend on the batch. Devices without fp64 accumulate in fp32.
+    """
+    accumulate = torch.float32 if x.device.type == "mps" else torch.float64
+    result = torch.float64 if x.dtype == torch.float64 else torch.float32
+    bias = None if bias is None else bias.to(accumulate)
+    return functional.linear(x.to(accumulate), weight.to(accumulate), bias).to(result)
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:

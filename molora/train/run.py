@@ -200,7 +200,7 @@ class RoutingLog(TrainerCallback):
     """Adds the largest expert load over all sites to each line of the log; one host sync per logged step."""
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        from molora.context import routing_statistics
+        from molora.telemetry import routing_statistics
 
         loads = [site["load"] for site in routing_statistics(model).values()]
         if loads and state.log_history and "loss" in state.log_history[-1]:

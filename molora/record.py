@@ -1,0 +1,136 @@
+"""One forward of the base model: what its routers were told, what they decided, and the losses made of that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molora.routers import Router, SiteStats
+from molora.routers.base import common_size, split_statistics
+from molora.window import Window
+
+
+@dataclass(frozen=True)
+class Site:
+    """One router in the model: where it sits (`layer`: the number of its decoder layer) and whose it is."""
+
+    name: str
+    adapter: str
+    router: Router
+    layer: int | None = None
+
+
+@dataclass(eq=False)
+class ForwardInputs:
+    """What routers are told of a forward's tokens, beside their hidden states.
+
+    Attributes:
+        token_mask: (T,) bool, or None: every token counts.
+        task_labels: (B,) or (B, T) int64, the task of each row or token, or None.
+        embedding: (N, D) what centroid routers read instead of their own input, or None.
+    """
+
+    token_mask: Tensor | None = None
+    task_labels: Tensor | None = None
+    embedding: Tensor | None = None
+
+
+@dataclass(eq=False)
+class ForwardRecord:
+    """One forward of the base model, until its backward.
+
+    Attributes:
+        number: counts forwards; the ticket that operators carry.
+        inputs: what its routers were told; a recomputation is told the same.
+        explicit: whether the base model's hooks opened it; a compiled forward opens its own at the first statistics.
+        stats: for each site the (S,) statistics, detached.
+        counted: whether its choices were added to the window and to the telemetry.
+        weights: what each observed output adds to the weight the trainer gives this forward's mean LM loss, 0-dim; None
+            where the loss is no multiple of it. Filled as a backward begins, anew in each.
+        backward: the backward that filled `weights`.
+        given_weight: the weight set by `aux_weight`, which then holds.
+        grads: for each site the gradient of the losses; made at the first backward, when all layers have recorded.
+        losses: for each adapter the value of its router losses, 0-dim.
+    """
+
+    number: int
+    inputs: ForwardInputs = field(default_factory=ForwardInputs)
+    explicit: bool = True
+    stats: dict[int, Tensor] = field(default_factory=dict)
+    counted: bool = False
+    weights: list[Tensor | None] = field(default_factory=list)
+    backward: int = -1
+    given_weight: float | None = None
+    grads: dict[int, Tensor] | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward on this thread: a forward in there is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def token_mask(attention_mask: Any) -> Tensor | None:
+    """Which tokens count, from an attention mask as transformers has them.
+
+    Args:
+        attention_mask: None, (B, T) with 0 for padding, (B, 1, T, T) bool or additive, or a dict of those (Gemma-3).
+
+    Returns:
+        (B*T,) bool. In a 4-D mask a token counts if it may attend to itself. None if every token counts.
+    """
+    if isinstance(attention_mask, Mapping):
+        attention_mask = next((m for m in attention_mask.values() if m is not None), None)
+    if not isinstance(attention_mask, Tensor):
+        return None
+    if attention_mask.dim() == 4:
+        queries, keys = attention_mask.shape[-2:]
+        diagonal = attention_mask[:, 0].diagonal(keys - queries, -2, -1)
+        return (diagonal if diagonal.dtype == torch.bool else diagonal == 0).flatten()
+    return attention_mask.bool().flatten() if attention_mask.dim() == 2 else None
+
+
+@torch.no_grad()
+def count_choices(stats: Mapping[int, Tensor], sites: Sequence[Site], window: Window, use: dict[int, Tensor]) -> None:
+    """Adds the choices of a forward to the window, and to the sums of the telemetry.
+
+    Args:
+        use: for each router ``[tokens, tokens * each other common statistic]``.
+    """
+    for site, values in stats.items():
+        router = sites[site].router
+        common = values[: common_size(router.num_gates)].float()
+        if router.config.moves_at_step:
+            window.count(site, common[0], split_statistics(values, router.num_gates)[0]["load"])
+        sums = torch.cat([common[:1], common[1:] * common[0]])
+        use[site] = use[site] + sums if site in use else sums
+
+
+@torch.no_grad()
+def router_gradients(
+    stats: Mapping[int, Tensor], sites: Sequence[Site], window: Window
+) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+    """(for each router the gradient of its adapter's losses with respect to its statistics, for each adapter their
+    value)."""
+    grads, values = {}, {}
+    for adapter in sorted({sites[number].adapter for number in stats}):
+        numbers = [number for number in stats if sites[number].adapter == adapter]
+        routers = [sites[number].router for number in numbers]
+        device = stats[numbers[0]].device  # a model may lie on several
+        split = [split_statistics(stats[n].to(device), r.num_gates) for n, r in zip(numbers, routers, strict=True)]
+        infos = [
+            SiteStats(own, router.num_gates, sites[number].layer)
+            for (_, own), router, number in zip(split, routers, numbers, strict=True)
+        ]
+        config = routers[0].config
+        if config.pool_over != "micro":
+            infos = window.pool(adapter, config, infos, split[0][0]["tokens"])
+        losses = config.losses(infos)
+        values[adapter] = losses.value
+        for number, router, own in zip(numbers, routers, losses.grads, strict=True):
+            grads[number] = torch.cat([own.new_zeros(common_size(router.num_gates)), own])
+    return grads, values

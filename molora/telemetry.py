@@ -1,0 +1,198 @@
+"""What the routers did: sums on the device for logs, and the gates of single forwards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.context import Runtime, runtime_of
+from molora.routers import Routing
+from molora.routers.base import entropy, split_statistics
+
+DEAD = 0.01
+"""An expert is dead if its part of the gates is below this share of an equal part."""
+
+
+@dataclass(frozen=True)
+class RouterUse:
+    """How one router used its experts over all training micro-batches since the last report.
+
+    Attributes:
+        tokens: how many counted.
+        load: (G,) share of each expert in all choices; sums to one.
+        mean_gate: (G,) mean gate of each expert.
+        entropy_before, entropy_after: mean normalised entropy of a token's probabilities and of its gates, in [0, 1].
+        top1_share: mean share of the largest gate in the sum of a token's gates.
+        active: experts per token.
+        dead_experts: experts whose part of the gates is below a hundredth of an equal part.
+    """
+
+    tokens: float
+    load: list[float]
+    mean_gate: list[float]
+    entropy_before: float
+    entropy_after: float
+    top1_share: float
+    active: float
+    dead_experts: int
+
+    @property
+    def largest_load(self) -> float:
+        return max(self.load)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether no more experts are alive than a single token uses, though there are more."""
+        alive = len(self.load) - self.dead_experts
+        return alive < len(self.load) and alive <= max(1, round(self.active))
+
+
+def routing_report(model: nn.Module) -> dict[str, RouterUse]:
+    """How each router was used since the last call, over the training micro-batches on this rank; empty without any.
+
+    One copy from the device for all routers, at the call; training itself only adds on the device.
+    """
+    runtime = runtime_of(model)
+    sums = runtime.use
+    runtime.use = {}
+    if not sums:
+        return {}
+    flat = torch.cat([value.float().cpu() for value in _by_device(sums)]).double()
+    report, start = {}, 0
+    for site, value in _sites_by_device(sums):
+        row = flat[start : start + len(value)]
+        start += len(value)
+        if row[0] > 0:
+            report[site] = _use(row)
+    return {runtime.sites[site].name: report[site] for site in sorted(report)}
+
+
+def _sites_by_device(sums: dict[int, Tensor]) -> list[tuple[int, Tensor]]:
+    return sorted(sums.items(), key=lambda item: (str(item[1].device), item[0]))
+
+
+def _by_device(sums: dict[int, Tensor]) -> list[Tensor]:
+    groups: dict[torch.device, list[Tensor]] = {}
+    for _, value in _sites_by_device(sums):
+        groups.setdefault(value.device, []).append(value)
+    return [torch.cat(group) for group in groups.values()]
+
+
+def _use(row: Tensor) -> RouterUse:
+    tokens, rest = row[0], row[1:] / row[0]
+    load, gate = rest[3:].chunk(2)
+    part = gate / gate.sum().clamp(min=1e-20)
+    return RouterUse(
+        tokens=float(tokens),
+        load=(load / load.sum().clamp(min=1e-20)).tolist(),
+        mean_gate=gate.tolist(),
+        entropy_before=float(rest[0]),
+        entropy_after=float(rest[1]),
+        top1_share=float(rest[2]),
+        active=float(load.sum()),
+        dead_experts=int((part < DEAD / len(part)).sum()),
+    )
+
+
+def routing_statistics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The statistics of the last training forward: for each router ``load`` (E,), its share of choices, ``mean_gate``
+    (E,), ``entropy_before``, ``entropy_after``, ``top1_share``, and what its losses are made of.
+
+    Tensors on the model's device, not synchronised. Empty before the first training forward.
+    """
+    runtime = runtime_of(model)
+    record = runtime.last
+    if record is None:
+        return {}
+    named = {}
+    for i, stats in record.stats.items():
+        site = runtime.sites[i]
+        common, own = split_statistics(stats, site.router.num_gates)
+        common["load"] = common["load"] / common["load"].sum().clamp(min=1e-20)
+        named[site.name] = common | site.router.config.describe_own(own, site.router.num_gates)
+    return named
+
+
+def router_losses(model: nn.Module) -> dict[str, Tensor]:
+    """For each adapter the value of its router losses (0-dim) in the last forward whose backward has run."""
+    return dict(runtime_of(model).losses)
+
+
+@dataclass
+class RecordedRouting:
+    """What one router decided in the recorded forwards.
+
+    Attributes:
+        gates: (T, G) of all forwards, one after the other, rows of a batch one after the other, padding included.
+        topk_ids: (T, K) where each token has exactly K experts, else None.
+        shapes: (rows, length) of each forward; T is the sum of their products.
+    """
+
+    gates: Tensor
+    topk_ids: Tensor | None
+    shapes: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def load(self) -> Tensor:
+        """(G,) share of each expert in all choices."""
+        chosen = (self.gates > 0).float().sum(0)
+        return chosen / chosen.sum().clamp(min=1)
+
+    @property
+    def entropy(self) -> Tensor:
+        """(T,) normalised entropy of each token's gates, in [0, 1]."""
+        return entropy(self.gates).squeeze(1)
+
+
+class RoutingRecorder(Mapping[str, RecordedRouting]):
+    """The routings of the forwards inside `record_routing`, by the name of the router's module."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[tuple[Tensor, Tensor | None, tuple[int, int]]]] = {}
+
+    def add(self, name: str, routing: Routing, rows: int) -> None:
+        """Keeps one routing; called by the layers."""
+        gates = routing.gates.detach()
+        shape = (rows, gates.shape[0] // max(rows, 1))
+        self._parts.setdefault(name, []).append((gates, routing.topk_ids, shape))
+
+    def __getitem__(self, name: str) -> RecordedRouting:
+        parts = self._parts[name]
+        ids = [topk_ids for _, topk_ids, _ in parts if topk_ids is not None]
+        return RecordedRouting(
+            torch.cat([gates for gates, _, _ in parts]),
+            torch.cat(ids) if len(ids) == len(parts) else None,
+            [shape for _, _, shape in parts],
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+@contextlib.contextmanager
+def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
+    """Records gates and choices of every forward inside, also of those in `generate`.
+
+    Gives a mapping from a router's name (that of its module, or of its block) to its `RecordedRouting`. Tensors stay on
+    the model's device; a recomputation by activation checkpointing is not recorded again.
+
+    Raises:
+        ValueError: the model has no mixture, or is being recorded already.
+    """
+    runtime: Runtime = runtime_of(model)
+    if runtime.recorder is not None:
+        raise ValueError("record_routing is already recording this model; leave the outer block first")
+    recorder: Any = RoutingRecorder()
+    runtime.recorder = recorder
+    try:
+        yield recorder
+    finally:
+        runtime.recorder = None
