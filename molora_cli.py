@@ -45,7 +45,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
 
 @app.command(
     epilog=_examples(
-        "molora convert meta-llama/Llama-3.2-1B out num_experts=8 r=16",
+        "molora convert meta-llama/Llama-3.2-1B out --preset dynmole num_experts=8 r=16",
         "molora convert ./base out placement=ffn router.top_k=1 --overwrite",
     )
 )
@@ -53,6 +53,9 @@ def convert(
     base: Annotated[str, typer.Argument(help="Base model: hub id or directory.")],
     out: Annotated[Path, typer.Argument(help="Directory for the adapter.")],
     overrides: Overrides = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A published system (molora presets); settings override it.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a directory that is not empty.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights.")] = 0,
 ) -> None:
@@ -70,7 +73,7 @@ def convert(
     from molora.eval.strict import apply_overrides
     from molora.train.recipe import mixture_config
 
-    config = mixture_config(apply_overrides({}, overrides or []))
+    config = mixture_config(apply_overrides({} if preset is None else {"preset": preset}, overrides or []))
     terminal.quiet()
     with _interruptible():
         with terminal.status("loading the base"):
@@ -235,6 +238,24 @@ def generate(
             seed=seed,
             note=lambda text: typer.echo(text, err=True),
         )
+
+
+@app.command(epilog=_examples("molora presets", "molora presets dynmole"))
+def presets(
+    name: Annotated[str | None, typer.Argument(help="One preset, with its settings and where they come from.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/presets.md.")] = False,
+) -> None:
+    """List the published systems that can be named instead of writing their settings."""
+    from molora.eval import terminal
+    from molora.presets import PRESETS
+    from molora.presets import markdown as page
+
+    if markdown:
+        typer.echo(page(), nl=False)
+    elif name is None:
+        terminal.out.print(terminal.preset_table(PRESETS))
+    else:
+        terminal.show_preset(name)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from peft import PeftConfig, TaskType
 from peft.utils import CONFIG_NAME
 
 from molora.checks import check_bool, check_choice, check_fraction, check_int, check_names, check_number
+from molora.presets import preset_options
 from molora.routers import Centroid, RouterConfig, router_config
 from molora.suggest import unknown_key_message
 
@@ -199,6 +200,15 @@ class MoloraConfig(PeftConfig):
             layers = self.layers_to_transform
             for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
                 check_int("layers_to_transform", layer, at_least=0)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> MoloraConfig:
+        """The config of a published system (`molora.presets`); overrides merge into it, inside `router` too.
+
+        Raises:
+            ValueError: an unknown preset or key.
+        """
+        return cls(**preset_options(name, overrides))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As PeftConfig's, but the file appears whole or not at all, as the safetensors beside it does."""

@@ -112,6 +112,48 @@ def num_sites(model: Any) -> int:
     return sum(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
+def preset_table(presets: dict[str, Any]) -> Table:
+    """The published systems, one line each."""
+    table = Table(title="presets", title_justify="left")
+    for column in ("preset", "source", "router", "placement", "experts x r"):
+        table.add_column(column, overflow="fold")
+    for name, preset in presets.items():
+        size = f"{preset.options['num_experts']} x {preset.options['r']}"
+        table.add_row(name, preset.source, preset.router, preset.placement, size)
+    table.caption = "molora presets NAME shows one; recipes take it as mixture.preset, convert as --preset"
+    table.caption_justify = "left"
+    return table
+
+
+def show_preset(name: str) -> None:
+    """One preset: its settings in full, and where they come from."""
+    import yaml
+
+    from molora import MoloraConfig
+    from molora.presets import PRESETS
+
+    preset = MoloraConfig.from_preset(name), PRESETS[name]
+    out.print(f"[bold]{name}[/bold]: {preset[1].title}", highlight=False)
+    out.print(f"source: {preset[1].source}", highlight=False)
+    keys = {k: v for k, v in preset[0].to_dict().items() if k in preset[1].options or k in _AXES}
+    out.print(yaml_text(yaml.safe_dump(keys, sort_keys=False, width=120)))
+    for key, note in preset[1].notes.items():
+        out.print(f"[cyan]{key}[/cyan]: {note}", highlight=False)
+
+
+_AXES = (
+    "num_experts",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "share_A",
+    "placement",
+    "target_modules",
+    "plain_lora",
+    "router",
+)
+
+
 def data_table(reports: list[Any]) -> Table:
     """What became of every task's rows (:class:`molora.train.mixing.TaskReport`)."""
     names = ["task", "rows", "used", "too long", "no label", "unknown", "tokens", "labels", "share"]

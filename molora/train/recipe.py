@@ -88,7 +88,7 @@ class Recipe:
     schema: Literal["molora.recipe/1"]
     base: BaseConfig
     mixture: dict[str, Any] | None = None
-    """Keys of MoloraConfig."""
+    """Keys of MoloraConfig, and ``preset``: a published system whose keys they override."""
     lora: dict[str, Any] | None = None
     """Keys of peft.LoraConfig: the one-LoRA baseline, trained by the same loop on the same data."""
     tasks: list[TaskConfig]
@@ -159,13 +159,13 @@ def adapter_config(recipe: Recipe) -> Any:
 
 
 def mixture_config(keys: dict[str, Any]) -> Any:
-    """A MoloraConfig from the keys of a recipe's mixture section or of ``molora convert``.
+    """A MoloraConfig from the keys of a recipe's mixture section or of ``molora convert``; ``preset`` names a preset.
 
     Raises:
         ValueError: a key that MoloraConfig does not have, at any depth.
     """
-    if "preset" in keys:
-        raise ValueError("mixture.preset: this version has no presets; write the keys of MoloraConfig instead")
     from molora import MoloraConfig
 
-    return MoloraConfig(**{"task_type": "CAUSAL_LM"} | keys)
+    keys = dict(keys)
+    preset = keys.pop("preset", None)
+    return MoloraConfig(**keys) if preset is None else MoloraConfig.from_preset(preset, **keys)
