@@ -96,6 +96,10 @@ class Runtime:
             model.register_forward_hook(self._after, with_kwargs=True),
         ]
 
+    def add_hook(self, handle: Any) -> None:
+        """Keeps the handle of one more hook, to be removed with the others."""
+        self._hooks.append(handle)
+
     def remove(self, model: nn.Module) -> None:
         """Undoes `install`."""
         for hook in self._hooks:

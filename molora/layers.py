@@ -181,8 +181,9 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         for container in self.adapter_layer_names:
             entries = getattr(self, container)
-            if adapter_name in entries and device is not None and not next(entries[adapter_name].parameters()).is_meta:
-                entries[adapter_name].to(device)
+            if adapter_name in entries and device is not None:
+                if not any(p.is_meta for p in entries[adapter_name].parameters()):
+                    entries[adapter_name].to(device)
 
     def to_base_dtype(self, adapter: str) -> None:
         """Rounds an adapter to the dtype the base linear computes in."""
@@ -198,6 +199,10 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         if shared is None:
             return self.route(adapter, x)
         embedding = self.molora_runtime.current_inputs().embedding
+        assert shared.owner is not None
+        router = shared.owner.molora_router[adapter]
+        if embedding is None and router.config.reads_embedding:
+            return router(x.flatten(0, -2))  # before what it reads is there
         return shared.get(adapter, x, x if embedding is None else embedding)
 
     def route(self, adapter: str, x: Tensor) -> Routing:

@@ -19,16 +19,22 @@ class Preset:
     """One published system.
 
     Attributes:
-        title: the system and its venue.
-        source: paper and code.
+        title: the system in a line.
+        arxiv: number of the paper.
+        code: repository of the released code; empty where none was released.
         options: the keys of MoloraConfig that differ from its defaults.
         notes: for a key, where its default comes from, and what the paper or the released code has instead.
     """
 
     title: str
-    source: str
+    arxiv: str
+    code: str
     options: dict[str, Any]
     notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        return f"arXiv {self.arxiv}; {self.code or 'no code was released'}"
 
     @property
     def router(self) -> str:
@@ -48,13 +54,13 @@ _MIXLORA = {
     "placement": "ffn",
     "plain_lora": _LORA_BESIDE,
 }
-_MOE_PEFT = "MixLoRA, arXiv 2404.15159; TUDB-Labs/MixLoRA, TUDB-Labs/MoE-PEFT"
+_MIXLORA_SOURCE = ("2404.15159", "TUDB-Labs/MixLoRA, TUDB-Labs/MoE-PEFT")
 _PADDING = "molora: padding is left out; the released loss counts it (router.count_padding=true)."
 
 PRESETS: dict[str, Preset] = {
     "mixlora": Preset(
         "MixLoRA: top-2 of eight FFN experts, plain LoRA on attention",
-        _MOE_PEFT,
+        *_MIXLORA_SOURCE,
         {**_MIXLORA, "router": {"name": "top_k", "top_k": 2, "router_aux_loss_coef": 1e-3, "init_std": 0.02}},
         {
             "router.router_aux_loss_coef": "code and the paper's ablation: 1e-3; the paper's text: 1e-2.",
@@ -66,7 +72,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "mixlora-dynamic": Preset(
         "MixLoRA with top-p routing",
-        _MOE_PEFT,
+        *_MIXLORA_SOURCE,
         {**_MIXLORA, "router": {"name": "top_p", "top_p": 0.8, "router_aux_loss_coef": 1e-3, "init_std": 0.02}},
         {
             "router.include_crossing": "code: the expert that crosses top_p is kept, and gates are not renormalised, "
@@ -77,7 +83,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "mixlora-switch": Preset(
         "MixLoRA with Switch routing: top-1 with capacity",
-        _MOE_PEFT + "; Switch, arXiv 2101.03961",
+        *_MIXLORA_SOURCE,
         {
             **_MIXLORA,
             "router": {
@@ -102,7 +108,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "dynmole": Preset(
         "DynMoLE: Tsallis-entropy hybrid of dense and top-p routing",
-        "DynMoLE, arXiv 2504.00661; mikecovlee/DynMoLE",
+        "2504.00661",
+        "mikecovlee/DynMoLE",
         {
             "num_experts": 6,
             "r": 24,
@@ -122,7 +129,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "smora": Preset(
         "SMoRA: eight of 64 ranks, balanced without a loss",
-        "SMoRA, arXiv 2501.15103; StyxXuan/smora",
+        "2501.15103",
+        "StyxXuan/smora",
         {
             "num_experts": 1,
             "r": 64,
@@ -140,7 +148,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "mola": Preset(
         "MoLA: more experts in higher layers",
-        "MoLA, arXiv 2402.08562; GCYZSL/MoLA",
+        "2402.08562",
+        "GCYZSL/MoLA",
         {
             "num_experts": [2, 4, 6, 8],
             "r": 8,
@@ -164,7 +173,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "llava-mole": Preset(
         "LLaVA-MoLE: the top-1 expert of each FFN, ungated; plain LoRA on attention",
-        "LLaVA-MoLE, arXiv 2401.16160; forwchen/LLaVA-MoLE",
+        "2401.16160",
+        "forwchen/LLaVA-MoLE",
         {
             "num_experts": 3,
             "r": 32,
@@ -192,7 +202,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "meteora": Preset(
         "MeteoRA: gates that learn the task of each token",
-        "MeteoRA, arXiv 2405.13053; NJUDeepEngine/meteora",
+        "2405.13053",
+        "NJUDeepEngine/meteora",
         {
             "num_experts": 28,
             "r": 8,
@@ -217,7 +228,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "adamole": Preset(
         "AdaMoLE: experts above a learned threshold",
-        "AdaMoLE, arXiv 2405.00361; zefang-liu/AdaMoLE",
+        "2405.00361",
+        "zefang-liu/AdaMoLE",
         {
             "num_experts": 8,
             "r": 32,
@@ -235,7 +247,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "hydralora": Preset(
         "HydraLoRA: one A, several B, dense",
-        "HydraLoRA, arXiv 2404.19245; Clin0212/HydraLoRA",
+        "2404.19245",
+        "Clin0212/HydraLoRA",
         {
             "num_experts": 4,
             "r": 4,
@@ -251,7 +264,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "loramoe": Preset(
         "LoRAMoE: dense experts with localised balance",
-        "LoRAMoE, arXiv 2312.09979; Ablustrund/LoRAMoE",
+        "2312.09979",
+        "Ablustrund/LoRAMoE",
         {
             "num_experts": 8,
             "r": 4,
@@ -266,8 +280,9 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "lora-tle": Preset(
-        "LoRA-TLE: token-level mixing by similarity to example prompts",
-        "Belofsky 2023, arXiv 2311.10847; jb-01/LoRA-TLE",
+        "LoRA-TLE (Belofsky 2023): token-level mixing by similarity to example prompts",
+        "2311.10847",
+        "jb-01/LoRA-TLE",
         {
             "num_experts": 4,
             "r": 64,
@@ -286,8 +301,9 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "molora": Preset(
-        "MoLORA: dense soft mixture of LoRA, of which this package carries the name",
-        "Zadouri et al. 2023, arXiv 2309.05444; for-ai/parameter-efficient-moe",
+        "MoLORA (Zadouri et al. 2023): dense soft mixture of LoRA, whose name this package carries",
+        "2309.05444",
+        "for-ai/parameter-efficient-moe",
         {
             "num_experts": 10,
             "r": 4,
@@ -303,8 +319,9 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "mole": Preset(
-        "MoLE: a learned softmax over whole experts with a learned temperature",
-        "Wu et al. 2024, arXiv 2404.13628 (no code was released)",
+        "MoLE (Wu et al. 2024): a learned softmax over whole experts with a learned temperature",
+        "2404.13628",
+        "",
         {
             "num_experts": 8,
             "r": 16,

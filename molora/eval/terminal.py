@@ -115,11 +115,11 @@ def num_sites(model: Any) -> int:
 def preset_table(presets: dict[str, Any]) -> Table:
     """The published systems, one line each."""
     table = Table(title="presets", title_justify="left")
-    for column in ("preset", "source", "router", "placement", "experts x r"):
-        table.add_column(column, overflow="fold")
+    for column in ("preset", "arXiv", "router", "placement", "experts x r"):
+        table.add_column(column, no_wrap=True)
     for name, preset in presets.items():
         size = f"{preset.options['num_experts']} x {preset.options['r']}"
-        table.add_row(name, preset.source, preset.router, preset.placement, size)
+        table.add_row(name, preset.arxiv, preset.router, preset.placement, size)
     table.caption = "molora presets NAME shows one; recipes take it as mixture.preset, convert as --preset"
     table.caption_justify = "left"
     return table

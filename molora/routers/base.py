@@ -124,6 +124,11 @@ class RouterConfig:
         return 0
 
     @property
+    def reads_embedding(self) -> bool:
+        """Whether the router reads `Tokens.embedding` instead of its module's own input."""
+        return False
+
+    @property
     def moves_in_forward(self) -> bool:
         """Whether a training forward changes state, so that no forward may be run twice for one backward."""
         return False

@@ -32,8 +32,9 @@ class Centroid(RouterConfig):
 
     Attributes:
         embedder: "base": the token's own hidden state, which carries its past, so that packed, cached and
-            shared-prefix decoding work; or "sentence-transformers/...": that model reads the whole running text again,
-            as in the paper; works in `generate` only.
+            shared-prefix decoding work; or a sentence-transformers model (hub id as
+            "sentence-transformers/all-MiniLM-L6-v2", or a directory), which reads the whole running text again, as in
+            the paper; works in `generate(..., tokenizer=tokenizer)` only.
         layer: with embedder "base", the decoder layer whose input is the query for every mixture of the model; the
             mixtures before it weigh all experts alike. None: each mixture compares its own input with centroids of its
             own.
@@ -54,8 +55,8 @@ class Centroid(RouterConfig):
     def __post_init__(self) -> None:
         if not isinstance(self.embedder, str) or not (self.reads_text or self.embedder == "base"):
             raise ValueError(
-                f"embedder={self.embedder!r} must be 'base' or name a sentence-transformers model, as in "
-                "'sentence-transformers/all-MiniLM-L6-v2' or 'sentence-transformers/./my-model' for a local directory"
+                f"embedder={self.embedder!r} must be 'base' or a sentence-transformers model: a hub id as "
+                "'sentence-transformers/all-MiniLM-L6-v2' or a directory as './minilm'"
             )
         if self.layer is not None:
             check_int("layer", self.layer, at_least=0)
@@ -74,7 +75,7 @@ class Centroid(RouterConfig):
     @property
     def reads_text(self) -> bool:
         """Whether the query is an embedding of the running text."""
-        return self.embedder.startswith("sentence-transformers/")
+        return "/" in self.embedder
 
     @property
     def reads_embedding(self) -> bool:
@@ -121,6 +122,11 @@ class CentroidRouter(Router):
                 "model.set_centroids({'expert': [prompts]}, tokenizer)"
             )
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if config.reads_text and tokens.embedding is None:
+            raise ValueError(
+                f"embedder={config.embedder!r} reads the running text, which only model.generate(..., "
+                "tokenizer=tokenizer) of a PeftModel has; use embedder='base' for training, scoring and serving"
+            )
         if tokens.embedding is None and config.reads_embedding:
             # A mixture before the layer that is read: all experts alike.
             gates = torch.full((x.shape[0], self.num_gates), 1 / self.num_gates, dtype=dtype, device=x.device)

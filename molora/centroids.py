@@ -1,0 +1,127 @@
+"""Centroids from example prompts: what each expert's texts look like to the base."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.config import MoloraConfig
+from molora.context import Runtime
+from molora.layers import MoloraLayer
+from molora.record import ForwardInputs, in_backward
+from molora.routers.centroid import Centroid, CentroidRouter
+from molora.running_text import embed
+
+
+def read_query(module: nn.Module, runtime: Runtime) -> Any:
+    """Makes the input of a decoder layer the query of the centroid router of each forward; gives the hook's handle."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not in_backward():  # a recomputation finds that of its forward
+            runtime.inputs.embedding = hidden_of(args, kwargs).detach().flatten(0, -2)
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states among a module's arguments: the first one."""
+    value: Tensor = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+    return value
+
+
+@torch.no_grad()
+def set_centroids(
+    model: nn.Module,
+    runtime: Runtime,
+    config: MoloraConfig,
+    adapter: str,
+    examples: Mapping[str, Sequence[str]],
+    tokenizer: Any,
+    max_length: int,
+) -> None:
+    """Sets the centroids of one adapter's routers; see `MoloraModel.set_centroids`."""
+    router = config.router
+    if not isinstance(router, Centroid):
+        name = getattr(router, "name", router)
+        raise ValueError(f"router {name!r} has no centroids; they belong to router 'centroid'")
+    names, num_experts = list(examples), config.num_experts
+    if len(names) != num_experts or not all(len(texts) for texts in examples.values()):
+        raise ValueError(
+            f"examples has {len(names)} sets of prompts ({', '.join(names)}) for num_experts={num_experts}; give each "
+            "expert one set that is not empty"
+        )
+    if config.expert_names is not None and names != list(config.expert_names):
+        raise ValueError(f"examples are for {names}, the experts are {config.expert_names}; give these, in their order")
+    owners = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, MoloraLayer) and adapter in module.molora_router
+    }
+    if router.reads_text:
+        vectors = torch.stack([embed(router.embedder, texts).double().mean(0) for texts in examples.values()])
+        means = dict.fromkeys(owners, vectors)
+    else:
+        sources = owners
+        if router.layer is not None:
+            site = runtime.sites[next(iter(owners.values())).molora_sites[adapter]]
+            sources = dict.fromkeys(owners, model.get_submodule(site.name))  # type: ignore[arg-type]
+        rows = [_mean_inputs(model, runtime, sources, texts, tokenizer, max_length) for texts in examples.values()]
+        means = {name: torch.stack([row[name] for row in rows]) for name in owners}
+    for name, module in owners.items():
+        target = module.molora_router[adapter]
+        assert isinstance(target, CentroidRouter)
+        target.set_centroids(means[name])
+    config.expert_names = names
+
+
+def _mean_inputs(
+    model: nn.Module,
+    runtime: Runtime,
+    sources: Mapping[str, nn.Module],
+    texts: Sequence[str],
+    tokenizer: Any,
+    max_length: int,
+) -> dict[str, Tensor]:
+    """For each module the mean over texts of the mean over tokens of its input, by the base without adapters."""
+    sums: dict[str, Tensor] = {}
+    device = next(model.parameters()).device
+
+    def add(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        mean = hidden_of(args, kwargs).double().flatten(0, -2).mean(0)
+        sums[name] = sums[name] + mean if name in sums else mean
+
+    def hook(name: str) -> Any:
+        return lambda module, args, kwargs: add(name, args, kwargs)
+
+    handles = [module.register_forward_pre_hook(hook(n), with_kwargs=True) for n, module in sources.items()]
+    try:
+        with _base_alone(model):
+            for text in texts:
+                ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_length)["input_ids"]
+                if not ids.shape[1]:
+                    raise ValueError(f"the example prompt {text!r} has no tokens; leave it out")
+                model(input_ids=ids.to(device), use_cache=False)
+    finally:
+        runtime.inputs = ForwardInputs()
+        for handle in handles:
+            handle.remove()
+    return {name: total / len(texts) for name, total in sums.items()}
+
+
+@contextlib.contextmanager
+def _base_alone(model: nn.Module) -> Iterator[None]:
+    layers = [module for module in model.modules() if isinstance(module, MoloraLayer)]
+    before, training = [layer._disable_adapters for layer in layers], model.training
+    model.eval()
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        model.train(training)
+        for layer, value in zip(layers, before, strict=True):
+            layer._disable_adapters = value
