@@ -138,6 +138,7 @@ def train(
                 show_reports=show,
                 callbacks=[terminal.TrainingBar(progress)],
                 score_progress=terminal.score_progress(progress),
+                warn=terminal.warn,
             )
     if was_complete:
         typer.echo(f"the run in {resolved.output_dir} is complete; nothing is left to do", err=True)

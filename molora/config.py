@@ -226,7 +226,7 @@ class MoloraConfig(PeftConfig):
 def _num_experts(value: Any) -> int | list[int]:
     if not isinstance(value, (list, tuple)):
         check_int("num_experts", value)
-        return value  # type: ignore[no-any-return]
+        return value
     if not value:
         raise ValueError("num_experts=[] is empty; give one number, one for each decoder layer, or four")
     for i, count in enumerate(value):

@@ -181,9 +181,10 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         for container in self.adapter_layer_names:
             entries = getattr(self, container)
-            if adapter_name in entries and device is not None:
-                if not any(p.is_meta for p in entries[adapter_name].parameters()):
-                    entries[adapter_name].to(device)
+            if adapter_name not in entries or device is None:
+                continue
+            if not any(p.is_meta for p in entries[adapter_name].parameters()):
+                entries[adapter_name].to(device)
 
     def to_base_dtype(self, adapter: str) -> None:
         """Rounds an adapter to the dtype the base linear computes in."""
@@ -200,14 +201,16 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
             return self.route(adapter, x)
         embedding = self.molora_runtime.current_inputs().embedding
         assert shared.owner is not None
-        router = shared.owner.molora_router[adapter]
+        router: Any = shared.owner.molora_router[adapter]
         if embedding is None and router.config.reads_embedding:
-            return router(x.flatten(0, -2))  # before what it reads is there
+            before: Routing = router(x.flatten(0, -2))  # what it reads comes later in the model
+            return before
         return shared.get(adapter, x, x if embedding is None else embedding)
 
     def route(self, adapter: str, x: Tensor) -> Routing:
         """The routing of x (..., D) by this layer's own router; in training with the router losses on its gates."""
-        runtime, router = self.molora_runtime, self.molora_router[adapter]
+        runtime = self.molora_runtime
+        router: Any = self.molora_router[adapter]
         x = x if x.dim() > 2 else x.unsqueeze(0)
         rows, hidden = x.shape[:-1].numel() // x.shape[-2] if x.shape[-2] else 1, x.flatten(0, -2)
         inputs = runtime.current_inputs()

@@ -63,7 +63,7 @@ def reading(model: nn.Module, runtime: Runtime, config: Centroid, tokenizer: Any
             f"embedder={config.embedder!r} reads the running text, which needs the tokenizer; call "
             "generate(..., tokenizer=tokenizer), or use embedder='base'"
         )
-    prepare = model.prepare_inputs_for_generation
+    prepare: Any = model.prepare_inputs_for_generation
     steps, embedding = 0, torch.empty(0)
 
     def prepared(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,21 +1,25 @@
 """The oracle of every gradient test: the loss with its router losses written by hand, and trainers to compare with it.
 
 ``L = sum_m w_m (CE_m + aux_m)`` over the micro-batches m. Only the forward of the layers is molora's own: cross
-entropy, routing statistics, losses and weights are computed here with plain torch from captured router inputs, and
-molora's hooks on the gates and on the loss are switched off.
+entropy, routing statistics, losses and weights are computed here and in `router_formulas` with plain torch from captured
+router inputs, and molora's hooks on the gates and on the loss are switched off.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
+from router_formulas import Earlier, RouterInput, loads
+from router_formulas import loss as written_loss
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -128,62 +132,65 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def router_inputs(model: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor]]]:
-    """Collects (router, its input) of the forwards inside, with molora's own loss switched off."""
-    seen: list[tuple[nn.Module, Tensor]] = []
-    handles = [
-        router.register_forward_pre_hook(lambda module, args: seen.append((module, args[0])))
-        for layer in model.modules()
-        if isinstance(layer, MoloraLayer)
-        for router in layer.molora_router.values()
-    ]
-    off = (
-        mock.patch("molora.layers.attach", lambda runtime, site, gates, stats: gates),
-        mock.patch("molora.aux_loss.observe_output", lambda runtime, output, labels, kwargs: output),
-    )
-    with off[0], off[1]:
+def router_inputs(model: nn.Module, hooks: bool = False) -> Iterator[list[RouterInput]]:
+    """Collects (router, its input, its decoder layer) of the forwards inside, with molora's own loss switched off
+    unless `hooks`."""
+    seen: list[RouterInput] = []
+
+    def watch(router: Any, layer: int | None) -> Any:
+        return router.register_forward_pre_hook(lambda module, args: seen.append((module, args[0], layer)))
+
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, MoloraLayer):
+            number = re.search(r"\blayers\.(\d+)\.", name)
+            handles += [watch(r, int(number[1]) if number else None) for r in module.molora_router.values()]
+    with contextlib.ExitStack() as off:
+        if not hooks:
+            off.enter_context(mock.patch("molora.layers.attach", lambda runtime, site, gates, stats: gates))
+            off.enter_context(mock.patch("molora.aux_loss.observe_output", lambda runtime, output, *args: output))
         yield seen
     for handle in handles:
         handle.remove()
 
 
-def router_loss(inputs: Sequence[tuple[nn.Module, Tensor]], mask: Tensor | None, pool: bool) -> Tensor:
-    """The balance and z-loss of one micro-batch, padding excluded: E sum_i F_i P_i with F detached."""
-    loads, probabilities, zs = [], [], []
-    for router, x in inputs:
-        logits = x.double() @ router.weight.double().T
-        if mask is not None:
-            logits = logits[mask.flatten().bool()]
-        exp = (logits - logits.detach().amax(1, keepdim=True)).exp()
-        p = exp / exp.sum(1, keepdim=True)
-        chosen = p.detach() >= p.detach().sort(1, descending=True).values[:, TOP_K - 1 : TOP_K]
-        loads.append(chosen.double().mean(0))
-        probabilities.append(p.mean(0))
-        zs.append((torch.logsumexp(logits, 1) ** 2).mean())
-    load, probability = torch.stack(loads), torch.stack(probabilities)
-    if pool:
-        balance = NUM_EXPERTS * (load.mean(0) * probability.mean(0)).sum()
-    else:
-        balance = NUM_EXPERTS * (load * probability).sum(1).mean()
-    return AUX * balance + Z * torch.stack(zs).mean()
+def router_loss(
+    inputs: Sequence[RouterInput],
+    mask: Tensor | None,
+    pool: bool | None = None,
+    rows: int = 1,
+    task_labels: Tensor | None = None,
+    earlier: Earlier | None = None,
+) -> Tensor:
+    """The router losses of one micro-batch, padding excluded; `pool` in the place of the config's balance_pool."""
+    config: Any = inputs[0][0].config
+    if pool is not None:
+        config = replace(config, balance_pool="model" if pool else "router")
+    return written_loss(config, inputs, mask, rows if mask is None else mask.shape[0], task_labels, earlier)
 
 
 def hand_written(
     model: nn.Module,
     batches: Sequence[Batch],
     weights: Sequence[float],
-    pool: bool = True,
+    pool: bool | None = None,
     aux_weights: Sequence[float] | None = None,
     lm_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
 ) -> Gradients:
     """The gradients of the loss written by hand; `aux_weights` where the router losses have weights of their own."""
     for p in model.parameters():
         p.grad = None
+    earlier: Earlier | None = None
     for batch, weight, aux in zip(batches, weights, aux_weights or weights, strict=True):
+        told = {key: batch[key] for key in ("input_ids", "attention_mask", "task_labels") if key in batch}
         with router_inputs(model) as inputs:
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
-        loss = weight * lm_loss(logits, batch["labels"]) + aux * router_loss(inputs, batch.get("attention_mask"), pool)
-        loss.backward()
+            logits = model(**told).logits
+        rows, mask = len(batch["input_ids"]), batch.get("attention_mask")
+        written = router_loss(inputs, mask, pool, rows, batch.get("task_labels"), earlier)
+        config: Any = inputs[0][0].config
+        if getattr(config, "balance_over", "micro") == "window":
+            earlier = loads(config, inputs, mask, rows, earlier)
+        (weight * lm_loss(logits, batch["labels"]) + aux * written).backward()
     return take_gradients(model)
 
 

@@ -230,8 +230,10 @@ def test_mixing_draws_by_weight_keeps_every_row_and_repeats_by_seed(tmp_path: Pa
 
     def mixed(seed: int) -> list[str]:
         rows, reports = mixed_dataset(
-            tasks, tokenizer, MixingConfig(strategy="weights", seed=seed), SequenceConfig(), CONTEXT
+            tasks, tokenizer, MixingConfig(strategy="weights", seed=seed), SequenceConfig(), CONTEXT, [4, 7]
         )
+        assert all((label == 7) == (row == 1) for label, row in zip(rows["task_label"], rows["task"], strict=True))
+        assert {row == 1 for row in rows["task"]} == {True, False}
         assert [report.probability for report in reports] == [0.25, 0.75]
         return [tokenizer.decode(ids) for ids in rows["input_ids"]]
 
@@ -250,7 +252,9 @@ def test_proportional_mixing_of_equal_weights_has_each_row_once(file: str) -> No
         MixingConfig(),
         SequenceConfig(),
         CONTEXT,
+        [0, 1],
     )
+    assert (rows["task"], rows["task_label"]) == ([0, 0, 0, 1], [0, 0, 0, 1])
     assert (len(rows), [report.probability for report in reports]) == (4, [0.75, 0.25])
 
 

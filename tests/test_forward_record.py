@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from molora.context import runtime_of
+from molora.layers import MoloraLayer
 from molora.record import token_mask
 from molora.telemetry import router_losses, routing_statistics
-from molora.layers import MoloraLayer
 
 EXACT = 1e-5  # relative, per parameter, fp32
 NOT_LM = "not the model's own"  # the warning of a loss whose weight cannot be read

@@ -10,6 +10,7 @@ import transformers as hf
 from peft import PeftModel, get_peft_model
 
 from molora import MoloraConfig
+from molora.context import runtime_of
 
 VOCAB = 97
 _SIZES: dict[str, Any] = {
@@ -97,3 +98,53 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     inputs = batch()
     out = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     return out[inputs["attention_mask"].bool()]
+
+
+# -- the presets of molora.presets, shrunk to a few numbers ------------------------------------------------------------
+
+_SMALL: dict[str, dict[str, Any]] = {
+    "mixlora": {"router": {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}},
+    "mixlora-dynamic": {"router": {"router_aux_loss_coef": 0.1}},
+    "mixlora-switch": {
+        "router": {
+            "router_aux_loss_coef": 0.1,
+            "router_z_loss_coef": 0.01,
+            "expert_capacity": 3,
+            "router_jitter_noise": 0.0,
+        }
+    },
+    "dynmole": {"router": {"router_aux_loss_coef": 0.1, "entropy_loss_coef": 0.05}},
+    "smora": {"num_experts": 1, "r": 8, "router": {"active_ranks": 3, "bias_update_rate": 0.01}},
+    "mola": {"num_experts": [2, 3, 4], "router": {"router_aux_loss_coef": 0.1}},
+    "llava-mole": {"router": {"router_aux_loss_coef": 0.1}},
+    "meteora": {"router": {"task_loss_coef": 1.0}},
+    "adamole": {"router": {"router_aux_loss_coef": 0.1}},
+    "loramoe": {"router": {"localized_balance_coef": 0.3, "localized_balance_delta": 0.2}},
+    "mole": {"router": {"log_balance_coef": 0.1}},
+}
+
+
+def preset_config(name: str, **options: Any) -> MoloraConfig:
+    """A published system with four experts of rank 4 for a model of three layers, no dropout, and losses that matter;
+    options merge into it, inside `router` too."""
+    small = {"num_experts": 4, "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, **_SMALL.get(name, {}), **options}
+    spread = {} if name == "lora-tle" else {"init_std": 0.4}
+    small["router"] = {**spread, **_SMALL.get(name, {}).get("router", {}), **options.get("router", {})}
+    return MoloraConfig.from_preset(name, **small)
+
+
+def preset_model(name: str, base: torch.nn.Module, seed: int = 1, **options: Any) -> PeftModel:
+    """A model of a preset in training mode in which no tensor of experts or routers is at its start, unless
+    init_lora_weights says so for the experts; equal arguments give equal weights."""
+    torch.manual_seed(seed)
+    model = get_peft_model(base, preset_config(name, **{"init_lora_weights": False, **options}))
+    for site in runtime_of(model).sites:
+        router: Any = site.router
+        for parameter in router.parameters():
+            if parameter.dim() == 1:  # biases and temperatures
+                torch.nn.init.normal_(parameter, std=0.3)
+        if hasattr(router, "set_centroids"):
+            router.set_centroids(torch.randn(router.num_gates, router.centroids.shape[1]))
+        if hasattr(router, "bias_steps"):
+            router.bias_steps.copy_(torch.randint(-5, 6, router.bias_steps.shape))
+    return model.train()

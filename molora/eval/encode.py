@@ -208,16 +208,17 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tor
     )
 
 
-def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[dict[str, Any]], *, with_task_labels: bool = False) -> dict[str, torch.Tensor]:
     """Training rows to a batch, padded on the right to the longest row.
 
     The value of padded ids is 0: the mask hides them and their label is -100, so no pad token is needed.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``labels``: (B, S) int64 on the CPU.
+        ``input_ids``, ``attention_mask``, ``labels``: (B, S) int64 on the CPU; ``task_labels`` (B,) if asked for.
     """
-    return {
+    batch = {
         "input_ids": pad([row["input_ids"] for row in rows], 0),
         "attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0),
         "labels": pad([row["labels"] for row in rows], IGNORED),
     }
+    return batch | ({"task_labels": torch.tensor([row["task_label"] for row in rows])} if with_task_labels else {})

@@ -65,6 +65,9 @@ class TaskConfig:
     """Tokens that carry loss; ``None``: ``answer`` for templates, ``assistant`` for ``messages``."""
     choices: list[str] | dict[str, str] | None = None
     """The possible answers, each a template. A mapping: from the text that ``answer`` renders to the answer itself."""
+    task_label: int | None = None
+    """Number of the task in router losses that learn tasks (MeteoRA: its expert; LoRAMoE: 1 or 0); ``None``: its
+    position."""
     eval: EvalConfig | None = None
 
     def __post_init__(self) -> None:
@@ -79,6 +82,8 @@ class TaskConfig:
             fail(f"loss={self.loss!r} does not fit; use 'answer' with a prompt, 'assistant' with messages, or 'all'")
         if self.weight <= 0:
             fail(f"weight={self.weight} must be above 0; remove the task to leave it out")
+        if self.task_label is not None and self.task_label < 0:
+            fail(f"task_label={self.task_label} must be at least 0")
         if self.limit is not None and self.limit <= 0:
             fail(f"limit={self.limit} must be above 0")
         for key in ("limit", "max_new_tokens"):

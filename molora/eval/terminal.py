@@ -33,6 +33,11 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def warn(text: str) -> None:
+    """A yellow line on standard error."""
+    err.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True)
+
+
 def status(text: str) -> Status:
     """A spinner on standard error."""
     return err.status(text)

@@ -100,12 +100,12 @@ class BalancedRouterConfig(RouterConfig):
                 grad = grads[i][extra:].view(-1, 2, num_experts)
                 grad[:, 1] = load * (weight / len(members))
                 if self.soft_load:
-                    share = 1 if sites[i].share is None else sites[i].share
-                    grad[:, 0] = prob * (weight / len(members)) * share
+                    share = sites[i].share
+                    grad[:, 0] = prob * (weight / len(members)) * (1.0 if share is None else share)
         return RouterLosses(value, grads)
 
     def pooled_own(self, own: Tensor, num_gates: int) -> Tensor:
-        """F (E,), the part that `balance_over` ranks and window average over more tokens."""
+        """F (E,)."""
         return own[-2 * num_gates : -num_gates]
 
     def describe_own(self, own: Tensor, num_gates: int) -> dict[str, Tensor]:

@@ -119,6 +119,10 @@ class RouterConfig:
         """The tokens over which `pooled_own` is averaged: "micro", "ranks" or "window"."""
         return "micro"
 
+    def pooled_own(self, own: Tensor, num_gates: int) -> Tensor:
+        """The part of a router's own statistics that is averaged over `pool_over`."""
+        raise NotImplementedError
+
     def task_labels(self, num_experts: int) -> int:
         """How many different task labels a loss of this router tells apart; 0: it needs none."""
         return 0

@@ -122,6 +122,7 @@ def mixed_dataset(
     mixing: MixingConfig,
     sequence: SequenceConfig,
     limit: int | None,
+    labels: Sequence[int],
 ) -> tuple[Dataset, list[TaskReport]]:
     """One epoch: every row of every task at least once, tasks drawn by :func:`probabilities`.
 
@@ -129,8 +130,11 @@ def mixed_dataset(
     drawn more often than its size come again. The dataset is map-style and its order is a function of the seed alone;
     the trainer shuffles it and skips to any step without reading rows.
 
+    Args:
+        labels: the task label of each task.
+
     Returns:
-        Columns ``input_ids`` and ``labels``, and one report per task.
+        Columns ``input_ids``, ``labels``, ``task`` (its position) and ``task_label``, and one report per task.
     """
     import datasets
 
@@ -139,6 +143,10 @@ def mixed_dataset(
     reports = [
         TaskReport(**asdict(report) | {"probability": share}) for report, share in zip(counts, shares, strict=True)
     ]
+    encoded = tuple(
+        rows.add_column("task", [i] * len(rows)).add_column("task_label", [label] * len(rows))
+        for i, (rows, label) in enumerate(zip(encoded, labels, strict=True))
+    )
     if mixing.strategy == "proportional" and len({task.weight for task in tasks}) == 1:
         return datasets.concatenate_datasets(list(encoded)), reports
     mixed = datasets.interleave_datasets(

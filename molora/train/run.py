@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from molora.eval.models import load_base, load_tokenizer
 from molora.eval.results import header, peak_memory_bytes, write_json, write_text
 from molora.eval.score import context_length
 from molora.eval.suite import check_suite, run_suite
+from molora.routers import Centroid
 from molora.train.checkpoint import AtomicTrainer
 from molora.train.mixing import TaskReport, mixed_dataset
 from molora.train.output import (
@@ -31,6 +34,10 @@ from molora.train.output import (
     stored_results,
 )
 from molora.train.recipe import Recipe, adapter_config, recipe_yaml
+from molora.train.routing_log import RoutingLog
+
+EXAMPLES = 64
+"""Training rows of each task that make a centroid."""
 
 
 def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, list[TaskReport]]:
@@ -52,9 +59,42 @@ def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, li
     limit = context_length(base, recipe.sequence.max_length)
     if recipe.suite is not None and (recipe.evaluation.before or recipe.evaluation.after):
         check_suite(recipe.suite, tokenizer, limit)
-    rows, reports = mixed_dataset(recipe.tasks, tokenizer, recipe.mixing, recipe.sequence, limit)
+    config = adapter_config(recipe)
+    labels = task_labels(recipe, config)
+    rows, reports = mixed_dataset(recipe.tasks, tokenizer, recipe.mixing, recipe.sequence, limit, labels)
     set_seed(seed)
-    return get_peft_model(base, adapter_config(recipe)), tokenizer, rows, reports
+    model = get_peft_model(base, config)
+    if isinstance(getattr(config, "router", None), Centroid):
+        model.set_centroids(example_texts(rows, recipe, tokenizer), tokenizer)
+    return model, tokenizer, rows, reports
+
+
+def task_labels(recipe: Recipe, config: Any) -> list[int]:
+    """The task label of each task: its own, or its position.
+
+    Raises:
+        ValueError: a router loss that tells fewer tasks apart.
+    """
+    labels = [i if task.task_label is None else task.task_label for i, task in enumerate(recipe.tasks)]
+    router = getattr(config, "router", None)
+    known = 0 if router is None else router.task_labels(config.num_experts)
+    for task, label in zip(recipe.tasks, labels, strict=True):
+        if known and label >= known:
+            raise ValueError(
+                f"task {task.name!r} has task label {label}, but the router's loss tells {known} tasks apart (0 to "
+                f"{known - 1}); set its task_label, or one expert for each task"
+            )
+    return labels
+
+
+def example_texts(rows: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
+    """The texts of each task's first training rows, for centroids: one expert for each task."""
+    texts: dict[int, list[str]] = {}
+    for row in rows.select_columns(["input_ids", "task"]):
+        own = texts.setdefault(row["task"], [])
+        if len(own) < EXAMPLES:
+            own.append(tokenizer.decode(row["input_ids"], skip_special_tokens=True))
+    return {task.name: texts.get(i, []) for i, task in enumerate(recipe.tasks)}
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -82,6 +122,7 @@ def train(
     show_reports: Callable[[PeftModel, list[TaskReport]], None] = lambda model, reports: None,
     callbacks: list[TrainerCallback] | None = None,
     score_progress: Callable[[str, int, int], None] = lambda task, rows, total: None,
+    warn: Callable[[str], Any] = warnings.warn,
 ) -> dict[str, Any]:
     """Runs a recipe: scores, trains, saves, scores again.
 
@@ -96,6 +137,7 @@ def train(
         show_reports: told the model and the counts of every task before the first step.
         callbacks: more Trainer callbacks.
         score_progress: told the task, the rows of each batch done, and the rows of the task, during evaluation.
+        warn: told a sentence about a router that has collapsed.
 
     Returns:
         The results, schema ``molora.results/1``; the scores before training are under ``"before"``.
@@ -109,7 +151,7 @@ def train(
     model, tokenizer, rows, reports = prepare(recipe)
     show_reports(model, reports)
     args = training_arguments(recipe)
-    trainer = _trainer(recipe, args, model, tokenizer, rows, callbacks or [])
+    trainer = _trainer(recipe, args, model, tokenizer, rows, callbacks or [], warn)
     # Only now, so that a recipe whose data cannot be read does not claim the directory.
     with writing(str(recipe.output_dir), "make room and start again"):
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
@@ -163,15 +205,18 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     rows: Any,
     callbacks: list[TrainerCallback],
+    warn: Callable[[str], Any],
 ) -> AtomicTrainer:
+    router = getattr(model.active_peft_config, "router", None)
+    labelled = router is not None and router.task_labels(model.active_peft_config.num_experts) > 0
     try:
         trainer = AtomicTrainer(
             model=model,
             args=args,
             train_dataset=rows,
-            data_collator=collate,
+            data_collator=partial(collate, with_task_labels=labelled),
             processing_class=tokenizer,
-            callbacks=[*([RoutingLog()] if recipe.mixture is not None else []), *callbacks],
+            callbacks=[*([RoutingLog(warn)] if recipe.mixture is not None else []), *callbacks],
         )
     except (ValueError, ImportError, RuntimeError) as error:
         # For instance report_to for a service that is not installed, or fp16 without a GPU.
@@ -194,14 +239,3 @@ def _before(recipe: Recipe, score: Callable[[str], dict[str, Any] | None], *, re
 
 def _unscored(recipe: Recipe, model: PeftModel, seed: int) -> dict[str, Any]:
     return header(model, str(recipe.output_dir), seed) | {"tasks": {}, "average": None, "predictions": None}
-
-
-class RoutingLog(TrainerCallback):
-    """Adds the largest expert load over all sites to each line of the log; one host sync per logged step."""
-
-    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        from molora.telemetry import routing_statistics
-
-        loads = [site["load"] for site in routing_statistics(model).values()]
-        if loads and state.log_history and "loss" in state.log_history[-1]:
-            state.log_history[-1]["largest_load"] = max(float((load / load.sum()).max()) for load in loads)
