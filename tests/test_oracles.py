@@ -55,9 +55,13 @@ def recorded(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """The measure of the recorded files: the largest difference over the largest entry, or over one."""
+    """The largest difference over the largest entry; over one where that is rounding of zero.
+
+    For entries below one stricter than the measure of the recorded files, which then divides by one.
+    """
     assert got.shape == want.shape
-    return float((got.detach().double() - want.double()).abs().max()) / max(1.0, float(want.abs().max()))
+    largest = float(want.abs().max())
+    return float((got.detach().double() - want.double()).abs().max()) / (largest if largest > 1e-6 else 1.0)
 
 
 def assert_recorded(got: Tensor, want: Tensor, tolerance: float, what: str = "") -> None:
@@ -216,7 +220,7 @@ class Mixture:
                 steps = run["route_bias_before"][:: hyper["rank_partition"]] / hyper["bias_update_rate"]
                 # Recorded biases that no update made are no multiple of the rate: a float stands in for the counter.
                 self.router.bias_steps = steps if steps.any() else steps.to(torch.int32)
-                assert error(self.bias(), run["route_bias_before"]) < 1e-16
+                assert error(self.bias(), run["route_bias_before"]) < 1e-15
 
     def _experts(self) -> Iterator[tuple[str, Tensor]]:
         children = {"": ""}
