@@ -1,8 +1,8 @@
 """The oracle of every gradient test: the loss with its router losses written by hand, and trainers to compare with it.
 
 ``L = sum_m w_m (CE_m + aux_m)`` over the micro-batches m. Only the forward of the layers is molora's own: cross
-entropy, routing statistics, losses and weights are computed here and in `router_formulas` with plain torch from captured
-router inputs, and molora's hooks on the gates and on the loss are switched off.
+entropy, routing statistics, losses and weights are computed here and in `router_formulas` with plain torch from
+captured router inputs, and molora's hooks on the gates and on the loss are switched off.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import pytest
 import torch
 from gradients import (
     CHECKPOINTING,
+    VOCAB,
     Batch,
     Gradients,
     hand_written,
@@ -26,6 +27,8 @@ from router_formulas import bias_step, chosen_counts
 from tiny_models import preset_config, preset_model
 from torch import Tensor, nn
 
+from molora import end_step
+from molora.context import runtime_of
 from molora.presets import PRESETS
 from molora.routers import RankWise
 
@@ -40,12 +43,18 @@ def num_tasks(name: str) -> int:
 
 
 def task_batches(name: str, count: int, by_token: bool = False, seed: int = 5) -> list[Batch]:
-    """Micro-batches, with the tasks of rows or of tokens where the preset wants them; presets take turns in padding."""
-    batches = micro_batches(count, ("left", "right")[list(PRESETS).index(name) % 2], seed)
+    """Micro-batches, padded on the right `by_token`, else on the left; with the tasks of tokens or of rows, where the
+    preset wants them. Padding holds tokens like any other: the embedding of the padding token is zero, and a zero
+    ties all experts."""
+    batches = micro_batches(count, "right" if by_token else "left", seed)
     tasks = num_tasks(name)
     generator = torch.Generator().manual_seed(seed)
-    for batch in batches if tasks else []:
+    for batch in batches:
         rows, length = batch["input_ids"].shape
+        other = torch.randint(3, VOCAB, (rows, length), generator=generator)
+        batch["input_ids"] = torch.where(batch["attention_mask"] == 1, batch["input_ids"], other)
+        if not tasks:
+            continue
         labels = torch.randint(tasks, (rows,), generator=generator)
         if by_token:
             labels = labels.unsqueeze(1).repeat(1, length)
@@ -83,6 +92,16 @@ def oracle(name: str, by_token: bool) -> list[Gradients]:
     return [*steps, hand_written(model, batches, token_weights(batches))]
 
 
+def numbers_together(grads: Gradients) -> Gradients:
+    """Parameters of one number (a threshold's bias, a temperature) are compared over all routers at once: alone, one of
+    them may be a sum that cancels, in which fp32 has no digits left."""
+    single = [name for name in sorted(grads) if grads[name].numel() == 1]
+    together = {name: grad for name, grad in grads.items() if name not in single}
+    if single:
+        together[single[0].rpartition(".")[2]] = torch.stack([grads[name].flatten() for name in single])
+    return together
+
+
 _KINDS = list(CHECKPOINTING)
 MATRIX = [(name, "loop", kind) for name in PRESETS for kind in CHECKPOINTING]
 MATRIX += [(name, "trainer", _KINDS[i % 3]) for i, name in enumerate(PRESETS)]
@@ -110,7 +129,150 @@ def test_gradients_equal_the_hand_written_loss(
         if trainer == "sft":
             pytest.importorskip("trl")
         steps = trainer_gradients(trainer, model, batches, checkpointing)
-    errors = [relative_error(got, expected) for got, expected in zip(steps, want, strict=True)]
+    errors = [relative_error(numbers_together(g), numbers_together(w)) for g, w in zip(steps, want, strict=True)]
     record_property("error", max(errors))
     print(f"{name} {trainer} {checkpointing}: {max(errors):.1e}")
     assert max(errors) <= EXACT
+
+
+def exact_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over label tokens in the dtype of the logits; transformers' own rounds to fp32."""
+    log_probs = logits[:, :-1].log_softmax(-1)
+    keep = labels[:, 1:] != -100
+    picked = log_probs.gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return -(picked * keep).sum() / keep.sum()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_gradients_in_fp64(name: str) -> None:
+    """With nothing lost to rounding: the router losses of the model and its own cross entropy, written out."""
+    batches = task_batches(name, 2, seed=11)
+    weights = [0.25, 0.75]
+    want = hand_written(preset_model(name, tiny_llama()).double(), batches, weights, lm_loss=exact_cross_entropy)
+    model = preset_model(name, tiny_llama()).double()
+    for batch, weight in zip(batches, weights, strict=True):
+        with model.aux_weight(weight):
+            logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        (weight * exact_cross_entropy(logits, batch["labels"])).backward()
+    error = relative_error(take_gradients(model), want)
+    print(f"{name} fp64: {error:.1e}")
+    assert error <= 1e-10
+
+
+# -- balance_over: which tokens F is counted over ----------------------------------------------------------------------
+
+BALANCED = [name for name in PRESETS if getattr(preset_config(name).router, "router_aux_loss_coef", 0)]
+
+
+@pytest.mark.parametrize("count_padding", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "non-reentrant"])
+@pytest.mark.parametrize("name", BALANCED)
+def test_window_balance(name: str, checkpointing: str, count_padding: bool) -> None:
+    """F over the micro-batches of the step so far, forgotten by the optimiser's step; P that of each micro-batch."""
+    batches = task_batches(name, 3, seed=7)
+    router = {"balance_over": "window", "count_padding": count_padding}
+    weights = token_weights(batches)
+    want = hand_written(preset_model(name, tiny_llama(), router=router), batches, weights)
+    alone = {**router, "balance_over": "micro"}
+    micro = hand_written(preset_model(name, tiny_llama(), router=alone), batches, weights)
+    assert relative_error(micro, want, "router") > 1e-4  # or the test would see nothing
+    model = preset_model(name, tiny_llama(), router=router)
+    use_checkpointing(model, checkpointing)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    for _ in range(2):
+        for batch, weight in zip(batches, weights, strict=True):
+            (model(**batch).loss * weight).backward()
+        optimizer.step()
+        assert relative_error(numbers_together(take_gradients(model)), numbers_together(want)) <= EXACT
+
+
+@pytest.mark.parametrize("name", BALANCED)
+def test_balance_over_the_ranks_of_one_process_is_that_of_the_micro_batch(name: str) -> None:
+    batches = task_batches(name, 2)
+    micro = hand_written(preset_model(name, tiny_llama(), router={"balance_over": "micro"}), batches, [0.5, 0.5])
+    model = preset_model(name, tiny_llama(), router={"balance_over": "ranks"})
+    for batch in batches:
+        (model(**batch).loss * 0.5).backward()
+    assert relative_error(numbers_together(take_gradients(model)), numbers_together(micro)) <= EXACT
+
+
+# -- the bias of rank-wise routing, which no gradient moves ------------------------------------------------------------
+
+
+def bias_steps(model: nn.Module) -> list[Tensor]:
+    return [site.router.bias_steps.clone() for site in runtime_of(model).sites]
+
+
+def expected_bias(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
+    """Where the biases must be after one optimiser step over these micro-batches."""
+    return [router.bias_steps + bias_step(counts) for router, counts in rank_counts(model, batches)]
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_the_bias_moves_once_for_each_optimiser_step(checkpointing: str, optimizer: str) -> None:
+    """By the choices of all its micro-batches, without padding, however often a forward is recomputed."""
+    model = preset_model("smora", tiny_llama())
+    use_checkpointing(model, checkpointing)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    own = getattr(torch.optim, optimizer)(trained, lr=1e-2)
+    other = torch.optim.SGD([nn.Parameter(torch.ones(1, requires_grad=True))], lr=1.0)
+    other.param_groups[0]["params"][0].grad = torch.ones(1)
+    for step in range(2):
+        batches = task_batches("smora", 2, by_token=bool(step), seed=step)
+        before, want = bias_steps(model), expected_bias(model, batches)
+        for batch in batches:
+            (model(**batch).loss * 0.5).backward()
+            other.step()
+            assert all(map(torch.equal, bias_steps(model), before))
+        own.step()
+        own.zero_grad()
+        assert all(map(torch.equal, bias_steps(model), want))
+        assert not all(map(torch.equal, want, before))
+        own.step()  # a step without a micro-batch has nothing to move by
+        assert all(map(torch.equal, bias_steps(model), want))
+
+
+@pytest.mark.parametrize("how", [lambda model: None, end_step], ids=["nothing", "end_step"])
+def test_a_step_by_hand(how: Any) -> None:
+    model = preset_model("smora", tiny_llama())
+    batches = task_batches("smora", 2)
+    before, want = bias_steps(model), expected_bias(model, batches)
+    for batch in batches:
+        model(**batch).loss.backward()
+    how(model)
+    assert all(map(torch.equal, bias_steps(model), want if how is end_step else before))
+
+
+def test_evaluation_and_forwards_without_backward_move_no_bias() -> None:
+    model = preset_model("smora", tiny_llama())
+    before = bias_steps(model)
+    (batch,) = task_batches("smora", 1)
+    model(**batch)
+    with torch.no_grad():
+        model(**batch)
+        model.eval()(**batch)
+    end_step(model)
+    assert all(map(torch.equal, bias_steps(model), before))
+
+
+def test_a_bias_that_moves_in_each_forward() -> None:
+    """As released: padding counts, the forward uses the bias from before, and activation checkpointing is refused."""
+    model = preset_model("smora", tiny_llama(), router={"bias_update": "forward"})
+    (batch,) = task_batches("smora", 1)
+    before = bias_steps(model)
+    with torch.no_grad(), router_inputs(model, hooks=True) as inputs:
+        model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    want = [router.bias_steps + bias_step(chosen_counts(router, x, None)) for router, x, _ in inputs]
+    model.train()
+    model(**batch).loss.backward()
+    assert all(map(torch.equal, bias_steps(model), want)) and not all(map(torch.equal, want, before))
+    end_step(model)
+    assert all(map(torch.equal, bias_steps(model), want))
+    use_checkpointing(model, "non-reentrant")
+    message = (
+        "bias_update='forward' moves the router's bias in each forward, and activation checkpointing runs forwards"
+    )
+    with pytest.raises(ValueError, match=message):
+        model(**batch)
+    assert all(map(torch.equal, bias_steps(model), want))
