@@ -18,13 +18,14 @@ from unittest import mock
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
-from router_formulas import Earlier, RouterInput, loads
+from router_formulas import Earlier, RouterInput, decide, loads
 from router_formulas import loss as written_loss
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from molora import MoloraConfig
 from molora.layers import MoloraLayer
+from molora.routers import Tokens
 
 VOCAB = 97
 NUM_EXPERTS = 4
@@ -192,6 +193,32 @@ def hand_written(
             earlier = loads(config, inputs, mask, rows, earlier)
         (weight * lm_loss(logits, batch["labels"]) + aux * written).backward()
     return take_gradients(model)
+
+
+def assert_gates(router: Any, x: Tensor, tokens: Tokens) -> None:
+    """The router's gates, and their gradients, are those of the formula; of tokens that count."""
+    exact = x.dtype == torch.float64
+    x = x.detach().requires_grad_()
+    routing = router(x, tokens)
+    want = decide(router, x, tokens.rows, tokens.mask, router.training)
+    counted = slice(None) if tokens.mask is None else tokens.mask
+    assert routing.gates.dtype == x.dtype and routing.gates.shape == want.gates.shape
+    assert (routing.gates - want.gates)[counted].abs().max() < (1e-13 if exact else 3e-6)
+    assert torch.equal(routing.gates[counted] > 0, want.gates[counted] > 0)
+    if routing.sums_to_one:
+        assert (routing.gates.sum(1) - 1).abs().max() < 1e-6
+    if routing.topk_ids is not None:
+        chosen = torch.zeros_like(want.load).scatter(1, routing.topk_ids, 1.0)
+        assert torch.equal(chosen[counted], want.load[counted])
+    assert (routing.input_weight is None) == (want.input_weight is None)
+    if want.input_weight is not None:
+        assert (routing.input_weight - want.input_weight)[counted].abs().max() < 3e-6
+    if exact and routing.gates.requires_grad:
+        upstream = torch.randn_like(want.gates) * (1 if tokens.mask is None else tokens.mask.unsqueeze(1))
+        leaves = [x, *router.parameters()]
+        grads = [torch.autograd.grad(g, leaves, upstream, allow_unused=True) for g in (routing.gates, want.gates)]
+        for got, expected in zip(*grads, strict=True):
+            assert torch.allclose(got, torch.zeros_like(got) if expected is None else expected, rtol=1e-10, atol=1e-13)
 
 
 def take_gradients(model: nn.Module) -> Gradients:

@@ -13,6 +13,7 @@ from gradients import (
     VOCAB,
     Batch,
     Gradients,
+    assert_gates,
     hand_written,
     micro_batches,
     relative_error,
@@ -23,14 +24,16 @@ from gradients import (
     trainer_gradients,
     use_checkpointing,
 )
-from router_formulas import bias_step, chosen_counts
+from router_formulas import RouterInput, bias_step, chosen_counts
+from router_formulas import loss as written_loss
 from tiny_models import preset_config, preset_model
 from torch import Tensor, nn
 
 from molora import end_step
 from molora.context import runtime_of
 from molora.presets import PRESETS
-from molora.routers import RankWise
+from molora.routers import RankWise, SiteStats, Tokens, router_config
+from molora.routers.base import split_statistics
 
 EXACT = 1e-5  # relative, per parameter, fp32
 
@@ -44,8 +47,9 @@ def num_tasks(name: str) -> int:
 
 def task_batches(name: str, count: int, by_token: bool = False, seed: int = 5) -> list[Batch]:
     """Micro-batches, padded on the right `by_token`, else on the left; with the tasks of tokens or of rows, where the
-    preset wants them. Padding holds tokens like any other: the embedding of the padding token is zero, and a zero
-    ties all experts."""
+    preset wants them. Padding holds tokens like any other, because the embedding of the padding token is zero, and a
+    zero ties all experts; so does the attention of a token that may attend to nothing, hence right padding where it
+    counts."""
     batches = micro_batches(count, "right" if by_token else "left", seed)
     tasks = num_tasks(name)
     generator = torch.Generator().manual_seed(seed)
@@ -159,6 +163,111 @@ def test_gradients_in_fp64(name: str) -> None:
     assert error <= 1e-10
 
 
+# -- single routers ----------------------------------------------------------------------------------------------------
+
+# Points on the switches that no preset takes.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "temperature of top-k": {"name": "top_k", "router_temperature": 15.0},
+    "capacity factor": {"name": "top_k", "capacity_factor": 0.5, "count_padding": True},
+    "one of one": {"name": "top_k", "top_k": 1, "bias": True, "balance_over": "sample"},
+    "unshifted tasks": {"name": "top_k", "task_loss_coef": 2.0, "shift_task_labels": False},
+    "nucleus": {"name": "top_p", "top_p": 0.5, "norm_topk_prob": True, "balance_pool": "layer"},
+    "without the crossing expert": {"name": "top_p", "include_crossing": False, "balance_reduction": "sum"},
+    "temperature of top-p": {"name": "top_p", "temperature": 1.5, "balance_pool": "router"},
+    "Shannon": {"name": "tsallis", "q": 1.0, "entropy_loss_coef": 0.1, "entropy_over_padding": True},
+    "Renyi": {"name": "tsallis", "entropy": "renyi", "q": 0.5, "include_crossing": True, "balance_over": "sample"},
+    "always sparse": {"name": "tsallis", "entropy_threshold": 1.0, "top_p": None, "norm_topk_prob": True, "q": 2.0},
+    "blocks of ranks": {"name": "rank_wise", "active_ranks": 4, "rank_partition": 2, "bias_update_rate": 0.01},
+    "bias outside the gates": {"name": "rank_wise", "active_ranks": 3, "bias_in_gates": False},
+    "fixed threshold": {"name": "threshold", "adaptive": False, "max_threshold": 0.3, "count_padding": True},
+    "wide threshold": {"name": "threshold", "max_threshold": 0.9},
+    "all dense losses": {
+        "name": "softmax",
+        "temperature": 2.0,
+        "bias": True,
+        "router_aux_loss_coef": 0.1,
+        "log_balance_coef": 0.2,
+        "localized_balance_coef": 0.3,
+        "localized_balance_delta": 0.4,
+        "count_padding": True,
+    },
+    "nearest centroids": {"name": "centroid", "top_k": 2, "temperature": 0.5},
+}
+
+
+def random_routers(options: dict[str, Any], count: int = 3) -> list[Any]:
+    """Routers in fp64 for inputs of size 6, with four experts or eight ranks, none of their tensors at its start."""
+    config = router_config({"init_std": 0.7, **options} if options["name"] != "centroid" else options)
+    made: list[Any] = [config.build(6, 1 if options["name"] == "rank_wise" else 4, 8).double() for _ in range(count)]
+    for router in made:
+        for parameter in router.parameters():
+            nn.init.normal_(parameter, std=0.7)
+        if hasattr(router, "set_centroids"):
+            router.set_centroids(torch.randn(4, 6))
+        if hasattr(router, "bias_steps"):
+            router.bias_steps.copy_(torch.randint(-9, 9, router.bias_steps.shape))
+    return made
+
+
+def losses(made: list[Any], inputs: list[RouterInput], tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
+    """The value of the losses by the routers' own statistics, and its gradient for all their parameters."""
+    stats = [split_statistics(r(x, tokens, True).stats, r.num_gates)[1] for r, x, _ in inputs]
+    sites = [SiteStats(own.detach(), r.num_gates, layer) for own, (r, _, layer) in zip(stats, inputs, strict=True)]
+    result = made[0].config.losses(sites)
+    with_grad = [(s, g) for s, g in zip(stats, result.grads, strict=True) if s.requires_grad and s.numel()]
+    parameters = [p for r in made for p in r.parameters()]
+    if not with_grad:
+        return result.value, [torch.zeros_like(p) for p in parameters]
+    stats_, grads = zip(*with_grad, strict=True)
+    found = torch.autograd.grad(stats_, parameters, grads, allow_unused=True)
+    return result.value, [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["padding", "no padding"])
+@pytest.mark.parametrize("what", OPTIONS)
+def test_options_equal_the_formula(what: str, masked: bool) -> None:
+    """Gates and losses of single routers, two in one decoder layer and one in another."""
+    made = random_routers(OPTIONS[what])
+    inputs: list[RouterInput] = [
+        (r, torch.randn(14, 6, dtype=torch.float64), n) for r, n in zip(made, (0, 0, 1), strict=True)
+    ]
+    mask = torch.tensor([1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1]).bool() if masked else None
+    rows_of = torch.tensor([1, 0]).repeat_interleave(7)
+    labels = torch.randint(4, (14,)) if OPTIONS[what]["name"] == "top_k" else rows_of
+    tokens = Tokens(2, mask, labels)
+    for training in (True, False):
+        for router, x, _ in inputs:
+            assert_gates(router.train(training), x, tokens)
+    value, grads = losses([r.train() for r in made], inputs, tokens)
+    want = written_loss(made[0].config, inputs, mask, 2, labels.view(2, 7))
+    assert abs(float(value - want)) < 1e-12 * max(1.0, abs(float(want)))
+    parameters = [p for r in made for p in r.parameters()]
+    expected = torch.autograd.grad(want, parameters, allow_unused=True) if want.requires_grad else [None] * len(grads)
+    for got, written in zip(grads, expected, strict=True):
+        assert torch.allclose(got, torch.zeros_like(got) if written is None else written, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_gradcheck_of_gates_and_statistics(name: str) -> None:
+    """In fp64, of the gates and of what the losses are made of, against finite differences."""
+    config = preset_config(name).router
+    (router,) = random_routers(config.to_dict(), 1)
+    x = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([1, 1, 1, 1, 1, 0, 1, 1, 1, 1]).bool()
+    tokens = Tokens(2, mask, torch.tensor([1, 0]).repeat_interleave(5))
+    names = [n for n, _ in router.named_parameters()]
+
+    def run(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        routing = torch.func.functional_call(router, dict(zip(names, parameters, strict=True)), (x, tokens, True))
+        own = split_statistics(routing.stats, router.num_gates)[1]
+        return (routing.gates, own) if own.numel() else (routing.gates,)
+
+    if name == "lora-tle":  # centroids are compared without a gradient
+        assert not run(x)[0].requires_grad
+        return
+    assert torch.autograd.gradcheck(run, (x, *router.parameters()))
+
+
 # -- balance_over: which tokens F is counted over ----------------------------------------------------------------------
 
 BALANCED = [name for name in PRESETS if getattr(preset_config(name).router, "router_aux_loss_coef", 0)]
@@ -169,7 +278,7 @@ BALANCED = [name for name in PRESETS if getattr(preset_config(name).router, "rou
 @pytest.mark.parametrize("name", BALANCED)
 def test_window_balance(name: str, checkpointing: str, count_padding: bool) -> None:
     """F over the micro-batches of the step so far, forgotten by the optimiser's step; P that of each micro-batch."""
-    batches = task_batches(name, 3, seed=7)
+    batches = task_batches(name, 3, by_token=count_padding, seed=7)
     router = {"balance_over": "window", "count_padding": count_padding}
     weights = token_weights(batches)
     want = hand_written(preset_model(name, tiny_llama(), router=router), batches, weights)
@@ -259,7 +368,7 @@ def test_evaluation_and_forwards_without_backward_move_no_bias() -> None:
 def test_a_bias_that_moves_in_each_forward() -> None:
     """As released: padding counts, the forward uses the bias from before, and activation checkpointing is refused."""
     model = preset_model("smora", tiny_llama(), router={"bias_update": "forward"})
-    (batch,) = task_batches("smora", 1)
+    (batch,) = task_batches("smora", 1, by_token=True)
     before = bias_steps(model)
     with torch.no_grad(), router_inputs(model, hooks=True) as inputs:
         model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
