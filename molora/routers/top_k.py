@@ -127,10 +127,10 @@ class TopKRouter(Router):
         probs = logits.softmax(-1)
         topk_weights, topk_ids = probs.topk(config.top_k, dim=-1)
         chosen = torch.zeros_like(probs).scatter(-1, topk_ids, 1.0)
-        if config.router_temperature != 1 and not self.training:
-            topk_weights = (logits.gather(-1, topk_ids) / config.router_temperature).softmax(-1)
-        elif config.norm_topk_prob:
-            topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
+        if config.norm_topk_prob:
+            # As p / sum p, but a single expert's gate is the constant 1 without rounding in its gradient.
+            temperature = 1.0 if self.training else config.router_temperature
+            topk_weights = (logits.gather(-1, topk_ids) / temperature).softmax(-1)
         gates = torch.zeros_like(probs).scatter(-1, topk_ids, topk_weights)
         sums_to_one = config.norm_topk_prob or config.top_k == probs.shape[-1]
         input_weight = None
