@@ -139,6 +139,16 @@ def test_gradients_equal_the_hand_written_loss(
     assert max(errors) <= EXACT
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_oracle_sees_each_loss(name: str) -> None:
+    """Without any one of them the matrix would fail by far."""
+    batches = task_batches(name, 1)
+    want = hand_written(preset_model(name, tiny_llama()), batches, [1.0])
+    for key in [key for key, value in vars(preset_config(name).router).items() if key.endswith("_coef") and value]:
+        without = hand_written(preset_model(name, tiny_llama(), router={key: 0.0}), batches, [1.0])
+        assert relative_error(without, want, "router") > 1e-2, key
+
+
 def exact_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean over label tokens in the dtype of the logits; transformers' own rounds to fp32."""
     log_probs = logits[:, :-1].log_softmax(-1)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from molora import record_routing, routing_report, routing_statistics
 from molora.context import runtime_of
 from molora.ffn import MixedFFN
+from molora.layers import MixedLinear
 from molora.presets import PRESETS
 from molora.routers import Tokens
 
@@ -113,6 +114,28 @@ def test_a_token_is_routed_the_same_in_any_batch(name: str) -> None:
             assert torch.equal(router(x[part]).gates, whole[part])
         order = torch.randperm(64)
         assert torch.equal(router(x[order]).gates, whole[order])
+
+
+@every_preset
+def test_a_linear_adds_its_experts(name: str) -> None:
+    """``y = W x + alpha / r * sum_i g_i B_i A_i x``, where r is that of an expert, or the number of active ranks."""
+    model = preset_model(name, tiny_llama()).eval()
+    seen: list[tuple[Any, Tensor, Tensor]] = []
+    for module in model.modules():
+        if isinstance(module, MixedLinear):
+            module.register_forward_hook(lambda linear, args, out: seen.append((linear, args[0], out)))
+    model(input_ids=torch.randint(3, VOCAB, (2, 6)))
+    for linear, x, out in seen:
+        x, shared = x.flatten(0, 1), linear.molora_shared.get("default")
+        owner = linear if shared is None else shared.owner
+        g = torch.ones(12, 1)  # plain LoRA
+        if "default" in owner.molora_router:
+            g = decide(owner.molora_router.default, x, 2, None, False).gates
+        A, B = (getattr(linear, f"molora_{part}").default().double() for part in "AB")
+        A, B = (A.view(8, 1, -1), B.view(8, 1, -1)) if name == "smora" else (A.expand(len(B), -1, -1), B)
+        delta = sum(g[:, i : i + 1] * (x.double() @ A[i].T @ B[i]) for i in range(len(B)))
+        want = linear.base_layer(x).double() + 8 / (3 if name == "smora" else 4) * delta
+        torch.testing.assert_close(out.flatten(0, 1).double(), want, rtol=1e-4, atol=1e-5)
 
 
 # -- a fresh mixture, and a saved one ----------------------------------------------------------------------------------
