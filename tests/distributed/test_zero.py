@@ -52,8 +52,15 @@ def _cell(
 
 # DDP first: once DeepSpeed is configured in a process, accelerate keeps using it. DDP itself refuses reentrant
 # checkpointing here, because PEFT models run with find_unused_parameters.
+def _preset(stage: int, checkpointing: str, accumulation: int, preset: str, over: str = "") -> dict[str, Any]:
+    return _cell(stage, "trainer", checkpointing, accumulation) | {"preset": preset, "over": over}
+
+
 CELLS = (
     [
+        _preset(0, "non-reentrant", 4, "smora"),
+        _preset(0, "none", 2, "mixlora", "ranks"),
+        _preset(0, "non-reentrant", 2, "dynmole", "window"),
         _cell(0, "trainer", "none", 4),
         _cell(0, "trainer", "non-reentrant", 1),
         _cell(0, "sft", "non-reentrant", 4),
@@ -65,6 +72,10 @@ CELLS = (
         for accumulation in (1, 4)
     ]
     + [
+        _preset(2, "non-reentrant", 4, "smora"),
+        _preset(3, "reentrant", 2, "smora"),
+        _preset(2, "reentrant", 2, "mixlora", "window"),
+        _preset(3, "non-reentrant", 2, "dynmole", "ranks"),
         _cell(3, "sft", "reentrant", 4),
         _cell(2, "sft", "non-reentrant", 4),
         # Under these arguments from_pretrained partitions the base before it is converted.
@@ -78,7 +89,8 @@ CELLS = (
 def _name(cell: dict[str, Any]) -> str:
     engine = f"zero{cell['stage']}" if cell["stage"] else "ddp"
     loaded = "-from_pretrained" if cell["from_pretrained"] else ""
-    return f"{engine}-" + "{trainer}-{checkpointing}-acc{accumulation}-{placement}".format(**cell) + loaded
+    what = "{preset}-{over}".format(**cell).rstrip("-") if "preset" in cell else cell["placement"]
+    return f"{engine}-" + "{trainer}-{checkpointing}-acc{accumulation}-".format(**cell) + what + loaded
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """Run by test_zero.py under torch.distributed.run: trains cells of the gradient matrix on several ranks and compares.
 
-Every rank has the gradients of the loss written by hand, of one process over the micro-batches of all ranks. Arguments:
-the cells as JSON, and a directory with `gradients.tiny_llama()`. Rank 0 prints one line ``RESULT {...}`` for each cell.
+Every rank has the gradients of the loss written by hand, of one process over the micro-batches of all ranks; for a
+router with a bias, that bias after each step too. Arguments: the cells as JSON, and a directory with
+`gradients.tiny_llama()`. Rank 0 prints one line ``RESULT {...}`` for each cell.
 """
 
 from __future__ import annotations
@@ -20,16 +21,24 @@ import torch
 from accelerate.state import AcceleratorState
 from deepspeed.utils import safe_get_full_grad
 from gradients import (
+    Batch,
     CaptureGradients,
     Gradients,
+    cross_entropy,
     hand_written,
     make_trainer,
     micro_batches,
     mixture,
     relative_error,
+    router_inputs,
+    router_loss,
+    take_gradients,
+    tiny_llama,
     token_weights,
     training_options,
 )
+from router_formulas import bias_step, chosen_counts, loads
+from tiny_models import preset_model
 from transformers import LlamaForCausalLM, TrainerCallback
 
 
@@ -68,6 +77,98 @@ class CaptureBeforeStep(TrainerCallback):
         engine.step = step
 
 
+def in_time(batches: list[Batch], seen: list[int], steps: int) -> list[list[list[Batch]]]:
+    """For each step, and each micro-batch of a rank in it, the micro-batches of all ranks."""
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, seen)
+    together = [[batches[i] for i in at] for at in zip(*every, strict=True)]
+    size = len(together) // steps
+    return [together[step * size : (step + 1) * size] for step in range(steps)]
+
+
+def loads_of(model: torch.nn.Module, batch: Batch, earlier: Any) -> Any:
+    with torch.no_grad(), router_inputs(model) as inputs:
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return loads(inputs[0][0].config, inputs, batch["attention_mask"], len(batch["input_ids"]), earlier)
+
+
+def written_step(model: torch.nn.Module, step: list[list[Batch]], over: str) -> Gradients:
+    """The gradients of one step by hand, with F over the micro-batches of all ranks, or over all so far too."""
+    weights = iter(token_weights([batch for at in step for batch in at]))
+    before = None
+    for at in step:
+        for i, batch in enumerate(at):
+            others = before if over == "window" else None
+            for other in at[:i] + at[i + 1 :] if over else []:
+                others = loads_of(model, other, others)
+            with router_inputs(model) as inputs:
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            aux = router_loss(inputs, batch["attention_mask"], earlier=others)
+            (next(weights) * (cross_entropy(logits, batch["labels"]) + aux)).backward()
+        for batch in at if over else []:
+            before = loads_of(model, batch, before)
+    return take_gradients(model)
+
+
+def move_biases(model: torch.nn.Module, step: list[list[Batch]]) -> None:
+    """What one optimiser step does to the biases of rank-wise routers, by hand."""
+    counts: dict[Any, Any] = {}
+    model.eval()
+    for batch in (batch for at in step for batch in at):
+        with torch.no_grad(), router_inputs(model) as inputs:
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        for router, x, _ in inputs:
+            counts[router] = counts.get(router, 0) + chosen_counts(router, x, batch["attention_mask"])
+    model.train()
+    for router, count in counts.items():
+        router.bias_steps += bias_step(count)
+
+
+def biases(model: torch.nn.Module) -> list[list[int]]:
+    return [value.tolist() for name, value in model.named_buffers() if name.endswith("bias_steps")]
+
+
+def run_preset(cell: dict[str, Any], world: int) -> float:
+    """As `run_cell`, for a preset whose router counts over all ranks; fails where a bias is not that of one process."""
+    accumulation, steps, over = cell["accumulation"], 2, cell["over"]
+    router = {"balance_over": over} if over else {}
+    batches = micro_batches(accumulation * world, "right")
+    seen: list[int] = []
+
+    def make_model() -> torch.nn.Module:
+        model = preset_model(cell["preset"], tiny_llama(), router=router)
+        if cell["checkpointing"] == "reentrant":
+            model.enable_input_require_grads()
+        return model
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = training_options(accumulation, cell["checkpointing"], steps, folder)
+        capture: Any = CaptureGradients()
+        if cell["stage"]:
+            options |= {"deepspeed": deepspeed_config(cell["stage"])}
+            capture = CaptureBeforeStep()
+        trainer = make_trainer(cell["trainer"], make_model, batches, options, callbacks=[capture])
+        collate = trainer.data_collator
+
+        def watched(rows: list[dict[str, int]]) -> Batch:
+            seen.append(rows[0]["index"])
+            return collate(rows)
+
+        trainer.data_collator = watched
+        capture.trainer = trainer
+        trainer.train()
+        moved = biases(trainer.model)
+    want = make_model()
+    error = 0.0
+    for step, got in zip(in_time(batches, seen[: steps * accumulation], steps), capture.steps, strict=True):
+        error = max(error, relative_error(got, written_step(want, step, over)))
+        if moved:
+            move_biases(want, step)
+    assert moved == biases(want), f"biases {moved} instead of {biases(want)}"
+    assert bool(moved) == (cell["preset"] == "smora")
+    return error
+
+
 def run_cell(cell: dict[str, Any], base_dir: str, world: int) -> float:
     """The largest relative error of any gradient in any step."""
     accumulation, checkpointing = cell["accumulation"], cell["checkpointing"]
@@ -104,7 +205,7 @@ def main() -> None:
         start = time.perf_counter()
         result: dict[str, Any] = {"cell": cell}
         try:
-            result["error"] = run_cell(cell, sys.argv[2], world)
+            result["error"] = run_preset(cell, world) if cell.get("preset") else run_cell(cell, sys.argv[2], world)
         except Exception:
             result["failure"] = traceback.format_exc()
             print(f"rank {rank}: {result['failure']}", file=sys.stderr, flush=True)
