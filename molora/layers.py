@@ -66,11 +66,13 @@ class RouterPlace:
         name: what reports call it.
         layer: number of its decoder layer, None where its name has none.
         features: size of what it reads, None: the input of its module.
+        early: whether the module runs before what the router reads is there.
     """
 
     name: str
     layer: int | None = None
     features: int | None = None
+    early: bool = False
 
 
 class SharedRouting:
@@ -139,6 +141,7 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         self.molora_specs: dict[str, dict[str, MixtureSpec]] = {}
         self.molora_sites: dict[str, int] = {}
         self.molora_shared: dict[str, SharedRouting] = {}
+        self.molora_early: set[str] = set()
         self.molora_router = nn.ModuleDict()
         self.parts = parts
         for part in parts:
@@ -162,7 +165,9 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         assert spec.router is not None
         if shared is not None:
             self.molora_shared[adapter] = shared
-            shared.members += 1
+            if place.early:
+                self.molora_early.add(adapter)
+            shared.members += not place.early
             if shared.owner is not None:
                 return
             shared.owner = self
@@ -199,12 +204,11 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         shared = self.molora_shared.get(adapter)
         if shared is None:
             return self.route(adapter, x)
-        embedding = self.molora_runtime.current_inputs().embedding
         assert shared.owner is not None
-        router: Any = shared.owner.molora_router[adapter]
-        if embedding is None and router.config.reads_embedding:
-            before: Routing = router(x.flatten(0, -2))  # what it reads comes later in the model
-            return before
+        if adapter in self.molora_early:
+            alike: Routing = shared.owner.molora_router[adapter](x.flatten(0, -2))
+            return alike
+        embedding = self.molora_runtime.current_inputs().embedding
         return shared.get(adapter, x, x if embedding is None else embedding)
 
     def route(self, adapter: str, x: Tensor) -> Routing:
@@ -270,6 +274,7 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self.molora_sites.pop(adapter_name, None)
         self.molora_shared.pop(adapter_name, None)
+        self.molora_early.discard(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(NOT_MERGEABLE)

@@ -69,7 +69,9 @@ def plan_conversion(model: nn.Module, config: MoloraConfig) -> Plan:
         _check_router(name, entry, config)
     if isinstance(config.router, Centroid) and config.router.reads_embedding:
         place = query_place(model, config.router, plan)
-        plan = {name: replace(entry, place=place, block=place.name) for name, entry in plan.items()}
+        for name, entry in plan.items():
+            early = place.layer is not None and (entry.place.layer or 0) < place.layer
+            plan[name] = replace(entry, place=replace(place, early=early), block=place.name)
     if config.plain_lora is not None:
         plan |= _plan_plain_lora(model, config, linears, plan, spec)
     return plan
@@ -125,7 +127,7 @@ def query_place(model: nn.Module, router: Centroid, plan: Plan) -> RouterPlace:
     if router.reads_text:
         from molora.running_text import embedding_size
 
-        return RouterPlace("running text", None, embedding_size(router.embedder))
+        return RouterPlace("running text", features=embedding_size(router.embedder))
     name = decoder_layer(model, router.layer or 0, list(plan))
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return RouterPlace(name, router.layer, embedding.weight.shape[1])
