@@ -134,6 +134,9 @@ class Runtime:
         it does."""
         if labels is None or torch.compiler.is_compiling():
             return labels
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+            kind = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(f"task_labels must be a tensor of integers, (rows,) or (rows, length), got {kind}")
         known = [n for n in (s.router.config.task_labels(s.router.num_gates) for s in self.sites) if n]
         if not known:
             return labels

@@ -128,7 +128,8 @@ def router_gradients(
         ]
         config = routers[0].config
         if config.pool_over != "micro":
-            infos = window.pool(adapter, config, infos, split[0][0]["tokens"])
+            counted = "positions" if config.counts_padding else "tokens"
+            infos = window.pool(adapter, config, infos, split[0][0][counted])
         losses = config.losses(infos)
         values[adapter] = losses.value
         for number, router, own in zip(numbers, routers, losses.grads, strict=True):

@@ -85,15 +85,15 @@ def _by_device(sums: dict[int, Tensor]) -> list[Tensor]:
 
 def _use(row: Tensor) -> RouterUse:
     tokens, rest = row[0], row[1:] / row[0]
-    load, gate = rest[3:].chunk(2)
+    load, gate = rest[4:].chunk(2)
     part = gate / gate.sum().clamp(min=1e-20)
     return RouterUse(
         tokens=float(tokens),
         load=(load / load.sum().clamp(min=1e-20)).tolist(),
         mean_gate=gate.tolist(),
-        entropy_before=float(rest[0]),
-        entropy_after=float(rest[1]),
-        top1_share=float(rest[2]),
+        entropy_before=float(rest[1]),
+        entropy_after=float(rest[2]),
+        top1_share=float(rest[3]),
         active=float(load.sum()),
         dead_experts=int((part < DEAD / len(part)).sum()),
     )

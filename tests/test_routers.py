@@ -64,8 +64,8 @@ def oracle_route(x: Tensor, W: Tensor, K: int, normalise: bool) -> tuple[list[To
 
 
 def oracle_statistics(tokens: list[Token], z: list[float], mask: list[bool]) -> Tensor:
-    """(4E + 6,): the common statistics, then mean z, the task loss (none here), F and P."""
-    common = [float(sum(mask)), *mean_of([t.common() for t in tokens], mask).tolist()]
+    """(4E + 7,): the common statistics, then mean z, the task loss (none here), F and P."""
+    common = [float(sum(mask)), float(len(mask)), *mean_of([t.common() for t in tokens], mask).tolist()]
     own = mean_of([[value, 0.0, *t.chosen, *t.probs] for t, value in zip(tokens, z, strict=True)], mask)
     return torch.cat([torch.tensor(common, dtype=torch.float64), own])
 
@@ -87,7 +87,7 @@ def test_top_k_equals_the_formula(E: int, K: int, normalise: bool, dtype: torch.
     chosen = torch.zeros_like(gates).scatter(1, routing.topk_ids, 1.0)
     assert chosen.tolist() == [t.chosen for t in tokens]
     assert (routing.gates - gates).abs().max() < tolerance
-    assert routing.stats.shape == stats.shape == (4 * E + 6,)
+    assert routing.stats.shape == stats.shape == (4 * E + 7,)
     assert (routing.stats - stats).abs().max() < 10 * tolerance  # z is a square of the order of 10
     assert ((routing.gates > 0).sum(1) == K).all()
     assert routing.sums_to_one == (normalise or K == E)
@@ -143,7 +143,7 @@ ALL_ROUTERS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", ALL_ROUTERS, ids=lambda o: f"{o['name']}-{len(o)}")
 def test_common_statistics_of_every_router(options: dict[str, Any]) -> None:
-    """tokens, entropies, top1_share, load and mean_gate are the same plain means whatever the router."""
+    """tokens, positions, entropies, top1_share, load and mean_gate are the same plain means whatever the router."""
     config = router_config(options)
     G, D = config.num_gates(6, 12), 7
     router = config.build(D, 6, 12).eval()
@@ -165,8 +165,10 @@ def test_common_statistics_of_every_router(options: dict[str, Any]) -> None:
     tokens = [Token(*values) for values in zip(probs.tolist(), gates.tolist(), hits.tolist(), strict=True)]
     common, _ = split_statistics(routing.stats, G)
     got = torch.cat([value.view(-1) for value in common.values()])
-    assert list(common) == ["tokens", "entropy_before", "entropy_after", "top1_share", "load", "mean_gate"]
-    want = torch.tensor([float(mask.sum()), *mean_of([t.common() for t in tokens], mask.tolist())], dtype=torch.float64)
+    scalars = ["tokens", "positions", "entropy_before", "entropy_after", "top1_share"]
+    assert list(common) == [*scalars, "load", "mean_gate"]
+    means = mean_of([t.common() for t in tokens], mask.tolist()).tolist()
+    want = torch.tensor([float(mask.sum()), 24.0, *means], dtype=torch.float64)
     if routing.stats.requires_grad:  # by the router's own statistics; the common ones carry no gradient
         (grad,) = torch.autograd.grad(got.sum(), router.weight, materialize_grads=True)
         assert not grad.any()
@@ -198,7 +200,7 @@ def test_masked_mean_of_nothing_is_zero() -> None:
     assert torch.equal(masked_mean(torch.empty(0, 3), None), torch.zeros(3))
     assert torch.equal(masked_mean(torch.empty(0, 3), torch.empty(0, dtype=torch.bool)), torch.zeros(3))
     routing = make(5)(torch.empty(0, 12), with_stats=True)
-    assert routing.gates.shape == (0, 5) and torch.equal(routing.stats, torch.zeros(26))
+    assert routing.gates.shape == (0, 5) and torch.equal(routing.stats, torch.zeros(27))
 
 
 @pytest.mark.parametrize("sites", [1, 4])

@@ -104,6 +104,10 @@ class BalancedRouterConfig(RouterConfig):
                     grad[:, 0] = prob * (weight / len(members)) * (1.0 if share is None else share)
         return RouterLosses(value, grads)
 
+    @property
+    def counts_padding(self) -> bool:
+        return self.count_padding
+
     def pooled_own(self, own: Tensor, num_gates: int) -> Tensor:
         """F (E,)."""
         return own[-2 * num_gates : -num_gates]

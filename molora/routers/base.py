@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_SCALARS = ("tokens", "entropy_before", "entropy_after", "top1_share")
+_SCALARS = ("tokens", "positions", "entropy_before", "entropy_after", "top1_share")
 
 
 class Tokens(NamedTuple):
@@ -119,6 +119,11 @@ class RouterConfig:
         """The tokens over which `pooled_own` is averaged: "micro", "ranks" or "window"."""
         return "micro"
 
+    @property
+    def counts_padding(self) -> bool:
+        """Whether `pooled_own` is a mean over padding too."""
+        return False
+
     def pooled_own(self, own: Tensor, num_gates: int) -> Tensor:
         """The part of a router's own statistics that is averaged over `pool_over`."""
         raise NotImplementedError
@@ -208,8 +213,9 @@ class Router(nn.Module):
             share = gates / total.clamp(min=1e-20)
             scalars = torch.cat([entropy(probs), entropy(gates), share.amax(1, keepdim=True)], 1)
             means = masked_mean(torch.cat([scalars, chosen, gates], 1), mask)
-            count = means.new_full((1,), probs.shape[0]) if mask is None else mask.sum().to(means.dtype).view(1)
-        return torch.cat([count, means, own.flatten().to(means.dtype)])
+            positions = means.new_full((1,), probs.shape[0])
+            count = positions if mask is None else mask.sum().to(means.dtype).view(1)
+        return torch.cat([count, positions, means, own.flatten().to(means.dtype)])
 
 
 def common_size(num_gates: int) -> int:
@@ -220,9 +226,10 @@ def common_size(num_gates: int) -> int:
 def split_statistics(stats: Tensor, num_gates: int) -> tuple[dict[str, Tensor], Tensor]:
     """The common statistics by name, and the router's own, of `Router.statistics`.
 
-    tokens: how many counted. entropy_before, entropy_after: mean entropy of a token's probabilities and of its gates
-    (both normalised to sum one), over ln G, so within [0, 1]. top1_share: mean share of the largest gate in the sum of
-    a token's gates. load (G,): how often a token chose each gate, on average; mean_gate (G,): the mean of each gate.
+    tokens: how many counted; positions: all of them, with padding. entropy_before, entropy_after: mean entropy of a
+    token's probabilities and of its gates (both normalised to sum one), over ln G, so within [0, 1]. top1_share: mean
+    share of the largest gate in the sum of a token's gates. load (G,): how often a token chose each gate, on average;
+    mean_gate (G,): the mean of each gate.
     """
     size = common_size(num_gates)
     scalars, load, gate, own = stats.split([len(_SCALARS), num_gates, num_gates, stats.shape[0] - size])
@@ -251,10 +258,20 @@ def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     An fp32 GEMM gives a row other last bits alone than in a batch, and a selection turns one such bit into another
     expert; the rounding of an fp64 sum does not depend on the batch. Devices without fp64 accumulate in fp32.
     """
-    accumulate = torch.float32 if x.device.type == "mps" else torch.float64
+    accumulate = widest(x)
     result = torch.float64 if x.dtype == torch.float64 else torch.float32
     bias = None if bias is None else bias.to(accumulate)
     return functional.linear(x.to(accumulate), weight.to(accumulate), bias).to(result)
+
+
+def exact_sigmoid(logits: Tensor) -> Tensor:
+    """The sigmoid, computed in fp64 and rounded once: in fp32 its last bits depend on the place in the batch."""
+    return logits.to(widest(logits)).sigmoid().to(logits.dtype)
+
+
+def widest(x: Tensor) -> torch.dtype:
+    """fp64, or fp32 on devices without it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:

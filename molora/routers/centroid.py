@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from molora.checks import check_int, check_number
-from molora.routers.base import Router, RouterConfig, Routing, Tokens
+from molora.routers.base import Router, RouterConfig, Routing, Tokens, widest
 
 
 def largest_similarity_weights(similarities: Tensor, temperature: float) -> Tensor:
@@ -148,7 +148,7 @@ class CentroidRouter(Router):
 
     def similarities(self, query: Tensor) -> Tensor:
         """``q . c / max(|q| |c|, 1e-6)``: (T, D') to (T, E), accumulated in fp64."""
-        accumulate = torch.float32 if query.device.type == "mps" else torch.float64
+        accumulate = widest(query)
         q, c = query.to(accumulate), self.centroids.to(accumulate)
         norms = q.norm(dim=1, keepdim=True) * c.norm(dim=1)
         return (q @ c.T) / norms.clamp(min=1e-6)

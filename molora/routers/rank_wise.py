@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from molora.checks import check_bool, check_choice, check_int, check_number
-from molora.routers.base import Router, RouterConfig, Routing, Tokens
+from molora.routers.base import Router, RouterConfig, Routing, Tokens, exact_sigmoid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class RankWiseRouter(Router):
     def route(self, x: Tensor, tokens: Tokens, with_stats: bool) -> Routing:
         config = self.config
         groups = config.active_ranks // config.rank_partition
-        scores = self.logits(x).sigmoid()
+        scores = exact_sigmoid(self.logits(x))
         biased = scores + config.bias_update_rate * self.bias_steps.to(scores.dtype)
         topk_ids = biased.detach().topk(groups, dim=-1).indices
         chosen = torch.zeros_like(scores).scatter(-1, topk_ids, 1.0)

@@ -32,7 +32,8 @@ class Softmax(BalancedRouterConfig):
         learned_temperature: the temperature is a parameter that starts at `temperature`, one for each router (MoLE).
         log_balance_coef: >= 0.
         bias: the router's linear has a bias.
-        localized_balance_coef: >= 0; above 0, training needs `task_labels` (0 or 1) in every batch.
+        localized_balance_coef: >= 0; above 0, training needs `task_labels` (0 or 1; negative: of neither type) in
+            every batch.
         localized_balance_delta: 0 <= delta < 1.
         init_std: as in `TopK`.
     """
@@ -124,7 +125,6 @@ class SoftmaxRouter(Router):
         total = rows.sum(1)
         task_type = tokens.task_labels.view(tokens.rows, -1).amax(1, keepdim=True)
         first_half = torch.arange(self.num_gates, device=probs.device) < self.num_gates // 2
-        own_half = first_half == (task_type == 1)
-        delta = config.localized_balance_delta
-        total = total * torch.where(own_half, 1 + delta, 1 - delta).to(total.dtype)
+        sign = 2 * (first_half == (task_type == 1)).to(total.dtype) - 1
+        total = total * (1 + config.localized_balance_delta * sign * (task_type >= 0))
         return total.var() / (total.mean().square() + 1e-10)

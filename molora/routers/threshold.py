@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from molora.checks import check_bool, check_number
 from molora.routers.balance import BalancedRouterConfig
-from molora.routers.base import Router, RouterLosses, Routing, SiteStats, Tokens, exact_linear, new_weight
+from molora.routers.base import (
+    Router,
+    RouterLosses,
+    Routing,
+    SiteStats,
+    Tokens,
+    exact_linear,
+    exact_sigmoid,
+    new_weight,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +83,7 @@ class ThresholdRouter(Router):
         probs = self.logits(x).softmax(-1)
         largest = 1 / self.num_gates if config.max_threshold is None else config.max_threshold
         if config.adaptive:
-            threshold = largest * exact_linear(x, self.threshold_weight, self.threshold_bias).sigmoid()
+            threshold = largest * exact_sigmoid(exact_linear(x, self.threshold_weight, self.threshold_bias))
             margin = probs - threshold
             active = (margin.detach() >= 0).to(probs.dtype)
         else:

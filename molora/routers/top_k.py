@@ -170,6 +170,8 @@ def task_loss(logits: Tensor, tokens: Tokens, shift: bool) -> Tensor:
     if shift:
         rows = labels.view(tokens.rows, -1)
         labels = torch.cat([rows[:, 1:], torch.full_like(rows[:, :1], -100)], 1).flatten()
+        if tokens.mask is not None:
+            labels = labels.masked_fill(~tokens.mask, -100)  # padding on the left, before the first token
     has_task = labels >= 0
     picked = logits.log_softmax(-1).gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
     return -(picked * has_task).sum() / has_task.sum().clamp(min=1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from molora.checks import check_bool, check_choice, check_int, check_number
 from molora.routers.balance import BalancedRouterConfig
-from molora.routers.base import Router, RouterLosses, Routing, SiteStats, Tokens, masked_mean
+from molora.routers.base import Router, RouterLosses, Routing, SiteStats, Tokens, masked_mean, widest
 from molora.routers.top_p import check_top_p, top_p_mask
 
 
@@ -124,7 +124,9 @@ class TsallisRouter(Router):
     def route(self, x: Tensor, tokens: Tokens, with_stats: bool) -> Routing:
         config = self.config
         probs = self.logits(x).softmax(-1)
-        entropy = _ENTROPIES[config.entropy](probs, config.q, config.entropy_eps)
+        # In fp64, rounded once: the last bits of a power depend on the place in the batch, and a threshold sees them.
+        exact = _ENTROPIES[config.entropy](probs.to(widest(probs)), config.q, config.entropy_eps)
+        entropy = exact.to(probs.dtype)
         with torch.no_grad():
             kept = top_p_mask(probs, config.top_p or 0.0, config.keep_top_k, config.include_crossing)
             if config.entropy_threshold < 1:
