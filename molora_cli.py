@@ -247,16 +247,18 @@ def presets(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/presets.md.")] = False,
 ) -> None:
     """List the published systems that can be named instead of writing their settings."""
+    if markdown:
+        from molora.eval import preset_page
+
+        return typer.echo(preset_page.markdown(), nl=False)
     from molora.eval import terminal
     from molora.presets import PRESETS
-    from molora.presets import markdown as page
 
-    if markdown:
-        typer.echo(page(), nl=False)
-    elif name is None:
+    if name is None:
         terminal.out.print(terminal.preset_table(PRESETS))
     else:
         terminal.show_preset(name)
+    return None
 
 
 def main() -> None:

@@ -1,12 +1,11 @@
 """Published systems as configs: each is a point on the axes router, placement and losses.
 
-Paper names live here, in docs and in tests, and nowhere else. `docs/presets.md` is `markdown()` of this file.
+Paper names live here, in docs and in tests, and nowhere else. `molora presets --markdown` makes docs/presets.md of it.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -360,45 +359,3 @@ def preset_options(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
         else:
             options[key] = value
     return options
-
-
-def markdown() -> str:
-    """The page docs/presets.md."""
-    lines = [
-        "# Presets",
-        "",
-        "A published system is a point on the axes router, placement and losses. `molora presets` prints this list,",
-        "`molora presets NAME` one of them, `molora presets --markdown` this page.",
-        "",
-        "```python",
-        'config = MoloraConfig.from_preset("dynmole", num_experts=8, router={"entropy_threshold": 0.8})',
-        "```",
-        "",
-        "| preset | system | router | placement | experts x rank |",
-        "|---|---|---|---|---|",
-    ]
-    for name, preset in PRESETS.items():
-        size = f"{preset.options['num_experts']} x {preset.options['r']}"
-        lines.append(f"| [{name}](#{name}) | {preset.title} | `{preset.router}` | `{preset.placement}` | {size} |")
-    lines += [
-        "",
-        "Where a note says *code* or *paper*, that is what the default follows; *molora* marks our own choice.",
-    ]
-    for name, preset in PRESETS.items():
-        lines += ["", f"## {name}", "", f"{preset.title}. Source: {preset.source}.", "", "```yaml", f"preset: {name}"]
-        lines += [f"# {line}" for line in _yaml(preset.options)]
-        lines += ["```"]
-        if preset.notes:
-            lines += ["", *(f"- `{key}`: {note}" for key, note in preset.notes.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _yaml(options: Mapping[str, Any], indent: str = "") -> list[str]:
-    lines = []
-    for key, value in options.items():
-        if isinstance(value, Mapping):
-            lines += [f"{indent}{key}:", *_yaml(value, indent + "  ")]
-        else:
-            shown = value if isinstance(value, str) else json.dumps(value)
-            lines.append(f"{indent}{key}: {shown}")
-    return lines

@@ -104,7 +104,7 @@ def test_a_lora_value_of_another_type_is_named(key: str, value: Any, message: st
         ("tasks__0__choices", [True, False], r"must be of type str, got True; put quotes"),
         ("tasks__0__eval__metric", "choice", "metric 'choice' needs choices"),
         ("tasks__0__eval__metric", "f1", "must be one of 'exact_match', 'choice', got 'f1'"),
-        ("mixture__preset", "mixlora", "no presets"),
+        ("mixture__preset", "mixlra", "did you mean 'mixlora'"),
         ("lora", {"r": 4}, "exactly one of the sections mixture and lora"),
         ("mixing__strategy", "temperature", "temperature=None"),
         ("mixing__temperature", 2.0, "'proportional' with temperature=2.0"),

@@ -95,7 +95,7 @@ def _check_type(where: str, value: Any, annotation: Any) -> None:
     else:
         fits = isinstance(value, plain) or (float in plain and isinstance(value, int))
     if not fits:
-        names = " or ".join(option.__name__ for option in plain)
+        names = " or ".join(sorted(option.__name__ for option in plain))
         hint = "; write one = between key and value" if isinstance(value, str) and value.startswith("=") else ""
         raise ValueError(f"{where} must be of type {names}, got {value!r}{hint}")
 
