@@ -111,16 +111,20 @@ class CentroidRouter(Router):
     def set_centroids(self, centroids: Tensor) -> None:
         """Replaces the centroids by (E, D') others."""
         self.centroid_bits = centroids.to(self.centroid_bits.device, torch.float32).contiguous().view(torch.int32)
+        self._is_set = bool(self.centroid_bits.any())
 
-    def route(self, x: Tensor, tokens: Tokens, with_stats: bool) -> Routing:
-        config = self.config
-        if not self._is_set:  # one read of the device in the life of a router
-            self._is_set = bool(self.centroid_bits.any())
+    def _check_set(self) -> None:
         if not self._is_set:
             raise ValueError(
                 "this centroid router has no centroids yet; give example prompts for each expert with "
                 "model.set_centroids({'expert': [prompts]}, tokenizer)"
             )
+
+    def route(self, x: Tensor, tokens: Tokens, with_stats: bool) -> Routing:
+        config = self.config
+        if not self._is_set and not torch.compiler.is_compiling():  # one read of the device in the life of a router
+            self._is_set = bool(self.centroid_bits.any())
+            self._check_set()
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         if config.reads_text and tokens.embedding is None:
             raise ValueError(
