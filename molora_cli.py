@@ -84,6 +84,11 @@ def convert(
             model.save_pretrained(str(out))
             tokenizer.save_pretrained(str(out))
     terminal.out.print(terminal.model_table(model))
+    if config.router.name == "centroid":
+        terminal.warn(
+            "a centroid router needs example prompts before it routes: train it by a recipe, whose tasks give them, or "
+            "call model.set_centroids(...) in Python"
+        )
 
 
 @app.command(

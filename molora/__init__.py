@@ -1,5 +1,6 @@
 """molora: any dense Hugging Face causal LM as a mixture of LoRA experts. Importing it registers the PEFT method."""
 
+from molora.centroids import set_centroids
 from molora.config import MoloraConfig
 from molora.context import aux_weight, end_step
 from molora.integrations.peft import register as _register
@@ -14,6 +15,7 @@ __all__ = [
     "router_losses",
     "routing_report",
     "routing_statistics",
+    "set_centroids",
 ]
 
 _register()

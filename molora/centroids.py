@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from molora.checks import check_int
 from molora.config import MoloraConfig
-from molora.context import Runtime
+from molora.context import Runtime, runtime_of
 from molora.layers import MoloraLayer
 from molora.record import ForwardInputs, in_backward
 from molora.routers.centroid import Centroid, CentroidRouter
 from molora.running_text import embed
 
 
-def read_query(module: nn.Module, runtime: Runtime) -> Any:
-    """Makes the input of a decoder layer the query of the centroid router of each forward; gives the hook's handle."""
+@dataclass
+class ReadQuery:
+    """A forward pre-hook of a decoder layer that makes its input the query of the router of this name."""
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    runtime: Runtime
+    name: str
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not in_backward():  # a recomputation finds that of its forward
-            runtime.inputs.embedding = hidden_of(args, kwargs).detach().flatten(0, -2)
-
-    return module.register_forward_pre_hook(before, with_kwargs=True)
+            self.runtime.inputs.embeddings[self.name] = hidden_of(args, kwargs).detach().flatten(0, -2)
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -36,31 +40,44 @@ def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 @torch.no_grad()
 def set_centroids(
     model: nn.Module,
-    runtime: Runtime,
-    config: MoloraConfig,
-    adapter: str,
     examples: Mapping[str, Sequence[str]],
     tokenizer: Any,
-    max_length: int,
+    adapter_name: str | None = None,
+    max_length: int = 512,
 ) -> None:
-    """Sets the centroids of one adapter's routers; see `MoloraModel.set_centroids`."""
+    """Sets the centroids of a centroid router from example prompts: one name and list of texts for each expert.
+
+    A centroid is the mean over texts of a text's embedding: the mean over tokens of the hidden state that the router
+    reads, of the base without adapters; or the vector of the sentence-transformers embedder.
+
+    Args:
+        model: a PeftModel, or a transformers model with an adapter of its own.
+        tokenizer: of the base.
+        adapter_name: the active adapter if None.
+        max_length: tokens of a text that are read.
+
+    Raises:
+        ValueError: another router, or not one list of texts for each expert.
+    """
+    runtime = runtime_of(model)
+    base: Any = runtime.model()
+    live = [site.adapter for site in runtime.sites if site.live]
+    adapter = adapter_name or (live[0] if live else "")
+    config: Any = model.peft_config.get(adapter)  # type: ignore[union-attr, operator]
+    if config is None:
+        raise ValueError(f"there is no adapter {adapter!r} to set centroids of; there are {list(model.peft_config)}")  # type: ignore
     router = config.router
     if not isinstance(router, Centroid):
         name = getattr(router, "name", router)
         raise ValueError(f"router {name!r} has no centroids; they belong to router 'centroid'")
-    names, num_experts = list(examples), config.num_experts
-    if len(names) != num_experts or not all(len(texts) for texts in examples.values()):
-        raise ValueError(
-            f"examples has {len(names)} sets of prompts ({', '.join(names)}) for num_experts={num_experts}; give each "
-            "expert one set that is not empty"
-        )
-    if config.expert_names is not None and names != list(config.expert_names):
-        raise ValueError(f"examples are for {names}, the experts are {config.expert_names}; give these, in their order")
     owners = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in base.named_modules()
         if isinstance(module, MoloraLayer) and adapter in module.molora_router
     }
+    names = _checked_names(examples, config, next(iter(owners.values())).molora_router[adapter])
+    check_int("max_length", max_length)
+    model = base
     if router.reads_text:
         vectors = torch.stack([embed(router.embedder, texts).double().mean(0) for texts in examples.values()])
         means = dict.fromkeys(owners, vectors)
@@ -76,6 +93,25 @@ def set_centroids(
         assert isinstance(target, CentroidRouter)
         target.set_centroids(means[name])
     config.expert_names = names
+
+
+def _checked_names(examples: Any, config: MoloraConfig, router: Any) -> list[str]:
+    """The experts' names; the examples must be a list of texts for each."""
+    if not isinstance(examples, Mapping):
+        raise ValueError("examples must map each expert's name to a list of texts")
+    for name, texts in examples.items():
+        if isinstance(texts, str) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"examples[{name!r}] must be a list of texts that are not empty")
+    names, num_experts = list(examples), config.num_experts
+    if len(names) != num_experts or not all(len(texts) for texts in examples.values()):
+        raise ValueError(
+            f"examples has {len(names)} sets of prompts ({', '.join(names)}) for num_experts={num_experts}; give each "
+            "expert one set that is not empty"
+        )
+    # Names from an earlier call give way; names from the config do not.
+    if config.expert_names is not None and names != list(config.expert_names) and not router.centroid_bits.any():
+        raise ValueError(f"examples are for {names}, the experts are {config.expert_names}; give these, in their order")
+    return names
 
 
 def _mean_inputs(

@@ -18,6 +18,8 @@ from molora.routers import Centroid, RouterConfig, router_config
 from molora.suggest import unknown_key_message
 
 FORMAT_VERSION = 1
+REGIONS = ("ffn-linear", "attention-linear")
+"""Words for the linears inside FFNs, and for all others but the output head."""
 
 Placement = Literal["linear", "block", "ffn", "ffn_linear"]
 
@@ -156,13 +158,14 @@ class MoloraConfig(PeftConfig):
         counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
         for count in set(counts):
             self.router.check(count, self.r, self.placement)
-        if len(set(counts)) > 1:
+        if isinstance(self.num_experts, list):
             self._check_counts(self.router)
         if self.plain_lora is not None:
             self.plain_lora = _plain_lora(self.plain_lora, self)
 
     def _check_counts(self, router: RouterConfig) -> None:
-        if getattr(router, "balance_pool", "layer") == "model" or getattr(router, "log_balance_coef", 0):
+        pooled = getattr(router, "balance_pool", "layer") == "model" or getattr(router, "log_balance_coef", 0)
+        if pooled and len(set(self.num_experts)) > 1:  # type: ignore[arg-type]
             raise ValueError(
                 f"num_experts={self.num_experts} differs by layer, so no loss can be pooled over the model; "
                 "set router.balance_pool to 'layer' or 'router' and router.log_balance_coef to 0"
@@ -190,6 +193,11 @@ class MoloraConfig(PeftConfig):
         if self.target_modules is None:
             self.target_modules = "all-linear"  # PEFT's "the usual ones"
         self.target_modules = _module_names("target_modules", self.target_modules)
+        if self.placement in ("ffn", "ffn_linear") and self.target_modules in REGIONS:
+            raise ValueError(
+                f"target_modules={self.target_modules!r} names linears, but placement {self.placement!r} converts FFN "
+                "modules; use 'all-linear' or their names"
+            )
         if self.exclude_modules is not None:
             self.exclude_modules = _module_names("exclude_modules", self.exclude_modules)
         if self.modules_to_save is not None:

@@ -19,6 +19,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.record import ForwardInputs, ForwardRecord, Site, count_choices, in_backward, router_gradients, token_mask
-from molora.window import Window, on_optimizer_step, steps_model
+from molora.window import Window, on_optimizer_step, steps_parameters
 
 _MAX_RECORDS = 256  # forwards that wait for their backward
 _MAX_DONE = 8  # forwards whose backward has run, kept for a second one (retain_graph)
@@ -59,7 +60,7 @@ class Runtime:
         self.inputs = ForwardInputs()
         self.window = Window()
         self.use: dict[int, Tensor] = {}  # for each site tokens, and tokens times each common statistic
-        self.model: Callable[[], nn.Module | None] = lambda: None
+        self.model: Callable[[], nn.Module | None] = lambda: None  # a copy learns its model at the first forward
         on_optimizer_step(self, Runtime.after_step)
         self.opened: ForwardRecord | None = None
         self.last: ForwardRecord | None = None
@@ -88,6 +89,7 @@ class Runtime:
             verify: gets the model before the first forward after adapters were loaded past PEFT's own functions.
         """
         self._observe, self._verify = observe, verify
+        self.model = weakref.ref(model)
         model.molora_runtime = self  # type: ignore[assignment]
         parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self._positions = {name: i for i, name in enumerate(parameters)}
@@ -114,7 +116,9 @@ class Runtime:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         task_labels = kwargs.pop("task_labels", None)  # ours; no base model knows it
-        self.inputs = ForwardInputs(embedding=self.inputs.embedding)
+        ids = self._argument("input_ids", args, kwargs)
+        ids = self._argument("inputs_embeds", args, kwargs) if ids is None else ids
+        self.inputs = ForwardInputs(None if ids is None else ids.shape[0], embeddings=self.inputs.embeddings)
         if model.training:
             self.inputs.token_mask = token_mask(self._argument("attention_mask", args, kwargs))
             self.inputs.task_labels = self._checked_labels(task_labels)
@@ -133,11 +137,12 @@ class Runtime:
         """The task labels, which must be numbers of tasks; read on the host where that costs nothing, and once where
         it does."""
         if labels is None or torch.compiler.is_compiling():
-            return labels
+            return labels if labels is None else labels.long()
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
             kind = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(f"task_labels must be a tensor of integers, (rows,) or (rows, length), got {kind}")
-        known = [n for n in (s.router.config.task_labels(s.router.num_gates) for s in self.sites) if n]
+        known = [n for n in (s.router.config.task_labels(s.router.num_gates) for s in self.sites if s.live) if n]
+        labels = labels.long()
         if not known:
             return labels
         if (labels.device.type == "cpu" or not self.read_labels) and labels.numel() and int(labels.max()) >= min(known):
@@ -150,8 +155,10 @@ class Runtime:
 
     def _refuse_checkpointing(self, model: nn.Module) -> None:
         for site in self.sites:
-            if site.router.config.moves_in_forward and any(
-                getattr(module, "gradient_checkpointing", False) for module in model.modules()
+            if (
+                site.live
+                and site.router.config.moves_in_forward
+                and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
             ):
                 raise ValueError(
                     f"{site.name}: bias_update='forward' moves the router's bias in each forward, and activation "
@@ -254,15 +261,24 @@ class Runtime:
         if torch.compiler.is_compiling():
             raise ValueError("record_routing needs the model as it is, not compiled; record the uncompiled one")
         if not in_backward():
-            self.recorder.add(self.sites[site].name, routing, rows)
+            self.recorder.add(self.sites[site], routing, rows)
 
     # -- optimiser step --------------------------------------------------------------------------------------------
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after a step of any optimizer of the process."""
-        model = self.model()
-        if self.window and model is not None and steps_model(optimizer, model):
-            self.end_step()
+        if self.window:
+            model = self.model()
+            modules: list[nn.Module] = [site.router for site in self.sites if site.owner is not None]
+            modules += [] if model is None else [model]
+            if steps_parameters(optimizer, itertools.chain(*(module.parameters() for module in modules))):
+                self.end_step()
+
+    def forget(self, site: int) -> None:
+        """Lets go of a router whose adapter was deleted; its number is not given again."""
+        self.sites[site] = replace(self.sites[site], owner=None, router=None)  # type: ignore[arg-type]
+        self.use.pop(site, None)
+        self.window.counts.pop(site, None)
 
     def end_step(self) -> None:
         """Ends the window of micro-batches: routers with state of their own move it."""

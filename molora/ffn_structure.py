@@ -129,8 +129,11 @@ def _probe(module: nn.Module) -> FFNStructure:
     candidates = list(_candidates(module))
     x = _probe_input(module, candidates[0].parts[0][1])
     training = module.training
+    adapters = [m for m in module.modules() if isinstance(m, BaseTunerLayer) and not m._disable_adapters]
     try:
         module.train()
+        for layer in adapters:  # another adapter's experts are no part of the FFN, and must not see these inputs
+            layer._disable_adapters = True
         try:
             want = _seeded(module, x)
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -145,6 +148,8 @@ def _probe(module: nn.Module) -> FFNStructure:
                     return structure
     finally:
         module.train(training)
+        for layer in adapters:
+            layer._disable_adapters = False
     raise ValueError("its output is not down(act(gate(x)) * up(x)) nor down(act(up(x))) of its own parts")
 
 

@@ -174,7 +174,7 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         router = spec.router.build(place.features or in_features, spec.num_experts, spec.r)
         self.molora_router[adapter] = router
         self.molora_sites[adapter] = len(self.molora_runtime.sites)
-        self.molora_runtime.sites.append(Site(place.name, adapter, router, place.layer))
+        self.molora_runtime.sites.append(Site(place.name, adapter, router, place.layer, self))
 
     def finish(self, adapter: str, inference_mode: bool) -> None:
         """After the parts of an adapter are in place: device, dtype, trainability."""
@@ -208,24 +208,27 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         if adapter in self.molora_early:
             alike: Routing = shared.owner.molora_router[adapter](x.flatten(0, -2))
             return alike
-        embedding = self.molora_runtime.current_inputs().embedding
-        return shared.get(adapter, x, x if embedding is None else embedding)
+        name = self.molora_runtime.sites[shared.owner.molora_sites[adapter]].name
+        return shared.get(adapter, x, self.molora_runtime.current_inputs().embeddings.get(name, x))
 
     def route(self, adapter: str, x: Tensor) -> Routing:
         """The routing of x (..., D) by this layer's own router; in training with the router losses on its gates."""
         runtime = self.molora_runtime
         router: Any = self.molora_router[adapter]
-        x = x if x.dim() > 2 else x.unsqueeze(0)
-        rows, hidden = x.shape[:-1].numel() // x.shape[-2] if x.shape[-2] else 1, x.flatten(0, -2)
-        inputs = runtime.current_inputs()
+        site = runtime.sites[self.molora_sites[adapter]]
+        inputs, hidden = runtime.current_inputs(), x.flatten(0, -2)
+        # Some models (OPT) flatten their tokens first; then the model's own input knows the rows.
+        rows = x.shape[:-2].numel() if x.dim() > 2 else inputs.rows or 1
         mask = self._of_tokens(adapter, inputs.token_mask, rows, hidden)
         labels = self._of_tokens(adapter, inputs.task_labels, rows, hidden)
         if self.training and labels is None and router.config.task_labels(router.num_gates):
             raise ValueError(
-                f"{runtime.sites[self.molora_sites[adapter]].name}: the loss of this router is made of task labels, "
-                "and this training batch has none; pass task_labels, (rows,) or (rows, length), with each batch"
+                f"{site.name}: the loss of this router is made of task labels, and this training batch has none; pass "
+                "task_labels, (rows,) or (rows, length), with each batch (a Trainer drops columns that it does not "
+                "know unless remove_unused_columns=False)"
             )
-        routing: Routing = router(hidden, Tokens(rows, mask, labels, inputs.embedding), with_stats=self.training)
+        tokens = Tokens(rows, mask, labels, inputs.embeddings.get(site.name))
+        routing: Routing = router(hidden, tokens, with_stats=self.training)
         if routing.stats is not None:
             gates = attach(runtime, self.molora_sites[adapter], routing.gates, routing.stats)
             routing = routing._replace(gates=gates)
@@ -237,14 +240,21 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         """One value for each token (T,), of values given for each token or, for labels, for each row."""
         if values is None:
             return None
-        what = "attention mask" if values.dtype == torch.bool else "task_labels tensor"
+        name, tokens = self.molora_runtime.sites[self.molora_sites[adapter]].name, hidden.shape[0]
+        if values.dtype != torch.bool:
+            shape, length = tuple(values.shape), tokens // max(rows, 1)
+            if shape == (rows,):
+                return values.to(hidden.device).repeat_interleave(length)
+            if shape != (rows, length):
+                raise ValueError(
+                    f"{name}: task_labels has shape {shape}; give one number for each row, {(rows,)}, or for each "
+                    f"token, {(rows, length)}"
+                )
         values = values.to(hidden.device).flatten()
-        if len(values) == rows and values.dtype != torch.bool:
-            values = values.repeat_interleave(hidden.shape[0] // max(rows, 1))
-        if len(values) != hidden.shape[0]:
+        if len(values) != tokens:
             raise ValueError(
-                f"{self.molora_runtime.sites[self.molora_sites[adapter]].name} got {hidden.shape[0]} tokens but the "
-                f"{what} has {len(values)}; pass one of these tokens, or none if all of them count"
+                f"{name} got {tokens} tokens but the attention mask has {len(values)}; pass the mask of these tokens, "
+                "or none if all of them count"
             )
         return values
 
@@ -272,7 +282,9 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.molora_sites.pop(adapter_name, None)
+        site = self.molora_sites.pop(adapter_name, None)
+        if site is not None:
+            self.molora_runtime.forget(site)
         self.molora_shared.pop(adapter_name, None)
         self.molora_early.discard(adapter_name)
 

@@ -66,7 +66,12 @@ def check_state_dict(model: nn.Module, config: PeftConfig, adapter: str, state_d
                 f"{name} has shape {tuple(value.shape)} in the checkpoint and {want} in the model; it belongs to "
                 "another base or configuration"
             )
-        if not value.is_meta and not bool(value.isfinite().all()):
+        if value.is_floating_point() != parameter.is_floating_point():
+            raise ValueError(
+                f"{name} is {value.dtype} in the checkpoint and {parameter.dtype} in the model; it is damaged"
+            )
+        bits = value.view(torch.float32) if name.endswith("centroid_bits") and not value.is_meta else value
+        if not value.is_meta and not bool(bits.isfinite().all()):
             raise ValueError(f"{name} holds NaN or infinity in the checkpoint; it is damaged, or its training diverged")
     runtime = next(
         (m.molora_runtime for m in model.modules() if isinstance(m.__dict__.get("molora_runtime"), Runtime)), None

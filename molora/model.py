@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from molora.aux_loss import observe_output
-from molora.centroids import read_query, set_centroids
+from molora.centroids import ReadQuery, set_centroids
 from molora.config import MoloraConfig
 from molora.context import Runtime, aux_weight
 from molora.ffn import MixedFFN
@@ -21,7 +21,7 @@ from molora.layers import NOT_MERGEABLE, MixedLinear, MoloraLayer, SharedRouting
 from molora.loading import base_fingerprint, check_state_dict, verify_loaded
 from molora.plan import FFNPlan, LinearPlan, plan_conversion
 from molora.routers import Centroid
-from molora.running_text import centroid_of, reading
+from molora.running_text import centroid_of, check_decoding, reading
 
 
 class MoloraModel(BaseTuner):
@@ -69,8 +69,10 @@ class MoloraModel(BaseTuner):
             config.exclude_modules = excluded
         self._runtime.shared.extend(self._shared.values())
         if isinstance(config.router, Centroid) and config.router.layer is not None:
-            layer = model.get_submodule(next(iter(self._plan.values())).place.name)
-            self._runtime.add_hook(read_query(layer, self._runtime))
+            name = next(e.place.name for e in self._plan.values() if e.block)
+            layer = model.get_submodule(name)
+            hook = ReadQuery(self._runtime, name)
+            self._runtime.add_hook(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if config.inference_mode or config.base_fingerprint:
             self._runtime.unverified.add(adapter_name)
 
@@ -176,28 +178,15 @@ class MoloraModel(BaseTuner):
         adapter_name: str | None = None,
         max_length: int = 512,
     ) -> None:
-        """Sets the centroids of a centroid router from example prompts: one name and set of texts for each expert.
-
-        A centroid is the mean over texts of a text's embedding: the mean over tokens of the hidden state that the
-        router reads, of the base without adapters; or the vector of the sentence-transformers embedder.
-
-        Args:
-            tokenizer: of the base.
-            adapter_name: the active adapter if None.
-            max_length: tokens of a text that are read.
-
-        Raises:
-            ValueError: another router, or not one set for each expert.
-        """
-        adapter = adapter_name or self.active_adapters[0]
-        config = self.peft_config[adapter]
-        set_centroids(self.model, self._runtime, config, adapter, examples, tokenizer, max_length)
+        """`molora.set_centroids` of this model."""
+        set_centroids(self, examples, tokenizer, adapter_name, max_length)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`; a centroid router with a sentence-transformers embedder reads along."""
         config = centroid_of(self._runtime)
         if config is None:
             return self.model.generate(*args, **kwargs)
+        check_decoding(config, self.model, kwargs)
         with reading(self.model, self._runtime, config, kwargs.get("tokenizer")):
             return self.model.generate(*args, **kwargs)
 

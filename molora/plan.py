@@ -10,12 +10,12 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
-from molora.config import MoloraConfig
+from molora.config import REGIONS, MoloraConfig
 from molora.ffn import MixedFFN
 from molora.ffn_structure import FFNStructure, looks_like_ffn, probe_ffn
 from molora.layers import MixtureSpec, MoloraLayer, RouterPlace, linear_features
 from molora.routers import Centroid, RouterConfig
-from molora.targets import layer_index, matches, select_modules
+from molora.targets import in_layers, layer_index, matches, select_modules
 
 # Names under which siblings read the same input: attention's three, and the two before a gated activation.
 _SAME_INPUT = (
@@ -63,7 +63,8 @@ def plan_conversion(model: nn.Module, config: MoloraConfig) -> Plan:
     if config.placement in ("ffn", "ffn_linear"):
         plan = _plan_ffns(model, config, ffns, spec)
     else:
-        plan = _plan_linears(model, config, _linears_of(config, linears, ffns), spec)
+        _refuse_inside_ffns(model, config, config.target_modules, config.exclude_modules)
+        plan = _plan_linears(model, config, _of_region(config.target_modules, linears, ffns, ""), spec)
     _set_num_experts(model, config, plan)
     for name, entry in plan.items():
         _check_router(name, entry, config)
@@ -73,19 +74,48 @@ def plan_conversion(model: nn.Module, config: MoloraConfig) -> Plan:
             early = place.layer is not None and (entry.place.layer or 0) < place.layer
             plan[name] = replace(entry, place=replace(place, early=early), block=place.name)
     if config.plain_lora is not None:
-        plan |= _plan_plain_lora(model, config, linears, plan, spec)
+        own = _of_region(config.plain_lora["target_modules"], linears, ffns, "plain_lora.")
+        plan |= _plan_plain_lora(model, config, own, plan, spec)
     return plan
 
 
-def _linears_of(
-    config: MoloraConfig, linears: dict[str, nn.Module], ffns: dict[str, nn.Module]
+def _of_region(
+    targets: list[str] | str | None, linears: dict[str, nn.Module], ffns: dict[str, nn.Module], key: str
 ) -> dict[str, nn.Module]:
-    """The linears among which target_modules chooses: "ffn-linear" those inside FFNs, "attention-linear" the others."""
-    if config.target_modules not in ("ffn-linear", "attention-linear"):
+    """The linears that the words "ffn-linear" and "attention-linear" choose among: those inside FFNs, or the others."""
+    if targets not in REGIONS:
         return linears
-    inside = tuple(f"{name}." for name in ffns) or ("\0",)
-    wanted = config.target_modules == "ffn-linear"
-    return {n: m for n, m in linears.items() if n.startswith(inside) == wanted}
+    inside = tuple(f"{name}." for name, module in ffns.items() if _is_ffn(module))
+    if not inside:
+        raise ValueError(
+            f"{key}target_modules={targets!r}: this model has no FFN module of its own whose linears could be told "
+            "from the others; name the linears instead"
+        )
+    return {n: m for n, m in linears.items() if n.startswith(inside) == (targets == "ffn-linear")}
+
+
+def _is_ffn(module: nn.Module) -> bool:
+    try:
+        return isinstance(module, MixedFFN) or bool(probe_ffn(module))
+    except ValueError:
+        return False
+
+
+def _refuse_inside_ffns(
+    model: nn.Module, config: MoloraConfig, targets: list[str] | str | None, excluded: list[str] | str | None
+) -> None:
+    """Refuses linears inside an FFN that another adapter has converted as a whole: they are not there to convert."""
+    for name, module in model.named_modules():
+        if not isinstance(module, MixedFFN) or targets == "attention-linear":
+            continue
+        for child in module.structure.names.values():
+            linear = f"{name}.{child}"
+            wanted = targets == "ffn-linear" or matches(targets, linear)
+            if wanted and not matches(excluded, linear) and in_layers(linear, config):
+                raise ValueError(
+                    f"adapter {sorted(module.molora_specs)[0]!r} has converted {name} as a whole FFN, so {linear} "
+                    "cannot have experts of its own; add the adapter of linears first, or target 'attention-linear'"
+                )
 
 
 def _set_num_experts(model: nn.Module, config: MoloraConfig, plan: Plan) -> None:
@@ -125,9 +155,9 @@ def _check_router(name: str, entry: LinearPlan | FFNPlan, config: MoloraConfig) 
 def query_place(model: nn.Module, router: Centroid, plan: Plan) -> RouterPlace:
     """Where the one router of a model sits whose query is not its module's own input."""
     if router.reads_text:
-        from molora.running_text import embedding_size
+        from molora.running_text import NAME, embedding_size
 
-        return RouterPlace("running text", features=embedding_size(router.embedder))
+        return RouterPlace(NAME, features=embedding_size(router.embedder))
     name = decoder_layer(model, router.layer or 0, list(plan))
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return RouterPlace(name, router.layer, embedding.weight.shape[1])
@@ -258,7 +288,8 @@ def _plan_plain_lora(
     plain = replace(spec, num_experts=1, share_A=False, r=options["r"], lora_alpha=options["lora_alpha"], router=None)
     inside = tuple(f"{name}." for name, entry in taken.items() if isinstance(entry, FFNPlan)) or ("\0",)
     free = {n: m for n, m in linears.items() if n not in taken and not n.startswith(inside)}
-    everything = options["target_modules"] == "all-linear"
+    everything = options["target_modules"] == "all-linear" or options["target_modules"] in REGIONS
+    options = {**options, "target_modules": "all-linear"} if everything else options
     names = select_modules(model, config, options, free if everything else linears, "linear", "plain_lora.")
     for name in names:
         if name not in free:
@@ -269,6 +300,6 @@ def _plan_plain_lora(
 
 
 def _targets(config: MoloraConfig) -> dict[str, Any]:
-    some = config.target_modules in ("ffn-linear", "attention-linear")  # what is left to choose from is all wanted
-    targets = "all-linear" if some else config.target_modules
+    # Of a region everything that is left to choose from is wanted.
+    targets = "all-linear" if config.target_modules in REGIONS else config.target_modules
     return {"target_modules": targets, "exclude_modules": config.exclude_modules}

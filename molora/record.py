@@ -16,12 +16,24 @@ from molora.window import Window
 
 @dataclass(frozen=True)
 class Site:
-    """One router in the model: where it sits (`layer`: the number of its decoder layer) and whose it is."""
+    """One router in the model.
+
+    Attributes:
+        layer: number of its decoder layer, None where its name has none.
+        owner: the `MoloraLayer` that holds it; None once its adapter was deleted.
+    """
 
     name: str
     adapter: str
     router: Router
     layer: int | None = None
+    owner: Any = None
+
+    @property
+    def live(self) -> bool:
+        """Whether the next forward asks it."""
+        owner = self.owner
+        return owner is not None and not owner._disable_adapters and self.adapter in owner.active_adapters
 
 
 @dataclass(eq=False)
@@ -29,14 +41,16 @@ class ForwardInputs:
     """What routers are told of a forward's tokens, beside their hidden states.
 
     Attributes:
+        rows: sequences in the batch, where the model's input says so.
         token_mask: (T,) bool, or None: every token counts.
-        task_labels: (B,) or (B, T) int64, the task of each row or token, or None.
-        embedding: (N, D) what centroid routers read instead of their own input, or None.
+        task_labels: (B,) or (B, T) integers, the task of each row or token, or None.
+        embeddings: for a router that reads something else than its module's input, by the router's name: (N, D).
     """
 
+    rows: int | None = None
     token_mask: Tensor | None = None
     task_labels: Tensor | None = None
-    embedding: Tensor | None = None
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from molora.context import Runtime
 from molora.record import ForwardInputs
 from molora.routers import Centroid
+
+NAME = "running text"
+"""What reports call the one router that reads it."""
 
 
 @lru_cache(maxsize=1)
@@ -48,8 +51,23 @@ def embed(name: str, texts: Sequence[str]) -> Tensor:
 
 def centroid_of(runtime: Runtime) -> Centroid | None:
     """The config of the router that reads running text, if there is one."""
-    configs = (site.router.config for site in runtime.sites)
+    configs = (site.router.config for site in runtime.sites if site.live)
     return next((c for c in configs if isinstance(c, Centroid) and c.reads_text), None)
+
+
+# Decoding that shows the model pieces of text, or candidates that may be taken back.
+_OTHER_DECODING = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
+
+
+def check_decoding(config: Centroid, model: Any, options: Mapping[str, Any]) -> None:
+    """Refuses ways to decode that do not show the running text step by step."""
+    stored = options.get("generation_config") or getattr(model, "generation_config", None)
+    for key in _OTHER_DECODING:
+        if options.get(key, getattr(stored, key, None)) is not None:
+            raise ValueError(
+                f"embedder={config.embedder!r} reads the running text token by token, which {key} does not show; leave "
+                f"{key} out, or use embedder='base'"
+            )
 
 
 @contextlib.contextmanager
@@ -72,7 +90,7 @@ def reading(model: nn.Module, runtime: Runtime, config: Centroid, tokenizer: Any
             texts = tokenizer.batch_decode(input_ids, skip_special_tokens=True)
             embedding = embed(config.embedder, texts).to(input_ids.device)
         steps += 1
-        runtime.inputs = ForwardInputs(embedding=embedding)
+        runtime.inputs = ForwardInputs(embeddings={NAME: embedding})
         return prepare(input_ids, *args, **kwargs)
 
     model.prepare_inputs_for_generation = prepared  # type: ignore[assignment]

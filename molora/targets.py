@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from molora.config import MoloraConfig
+from molora.config import REGIONS, MoloraConfig
 from molora.suggest import nearest
 
 
@@ -56,7 +56,7 @@ def select_modules(
     names = [
         n
         for n in names
-        if _in_layers(n, config) and not matches(excluded, n) and not _saved_whole(n, config.modules_to_save)
+        if in_layers(n, config) and not matches(excluded, n) and not _saved_whole(n, config.modules_to_save)
     ]
     if not names:
         raise ValueError(
@@ -67,7 +67,7 @@ def select_modules(
     return names
 
 
-def _in_layers(name: str, config: MoloraConfig) -> bool:
+def in_layers(name: str, config: MoloraConfig) -> bool:
     layers = config.layers_to_transform
     wanted = [layers] if isinstance(layers, int) else layers
     return wanted is None or layer_index(name, config.layers_pattern) in wanted
@@ -114,4 +114,6 @@ def _refuse_target(
             f"{shown} matches {other[0]} ({type(other[1]).__name__}), which is no {what}; this model's {what}s are: "
             f"{exists}"
         )
-    raise ValueError(f"{shown} matches no {what} of this model; its {what}s are: {exists}")
+    word = target if isinstance(target, str) else target[0]
+    hint = f"write {word!r} as text, not in a list; " if word in REGIONS else nearest(word, ("all-linear", *REGIONS))
+    raise ValueError(f"{shown} matches no {what} of this model; {hint}its {what}s are: {exists}")

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from molora.context import Runtime, runtime_of
+from molora.record import Site
 from molora.routers import Routing
 from molora.routers.base import entropy, split_statistics
+from molora.suggest import nearest
 
 DEAD = 0.01
 """An expert is dead if its part of the gates is below this share of an equal part."""
@@ -69,7 +71,16 @@ def routing_report(model: nn.Module) -> dict[str, RouterUse]:
         start += len(value)
         if row[0] > 0:
             report[site] = _use(row)
-    return {runtime.sites[site].name: report[site] for site in sorted(report)}
+    return {name: report[site] for site, name in _names(runtime, sorted(report)).items()}
+
+
+def _names(runtime: Runtime, sites: list[int]) -> dict[int, str]:
+    """The routers' names, with the adapter's in front where two adapters have one of the same name."""
+    names = [runtime.sites[site].name for site in sites]
+    return {
+        site: name if names.count(name) == 1 else f"{runtime.sites[site].adapter}:{name}"
+        for site, name in zip(sites, names, strict=True)
+    }
 
 
 def _sites_by_device(sums: dict[int, Tensor]) -> list[tuple[int, Tensor]]:
@@ -154,14 +165,21 @@ class RoutingRecorder(Mapping[str, RecordedRouting]):
 
     def __init__(self) -> None:
         self._parts: dict[str, list[tuple[Tensor, Tensor | None, tuple[int, int]]]] = {}
+        self._sites: dict[str, Site] = {}
 
-    def add(self, name: str, routing: Routing, rows: int) -> None:
-        """Keeps one routing; called by the layers."""
+    def add(self, site: Site, routing: Routing, rows: int) -> None:
+        """Keeps one routing; called by the layers. A second adapter's router of the same name bears its adapter's."""
+        name = site.name
+        if self._sites.setdefault(name, site) is not site:
+            name = f"{site.adapter}:{name}"
         gates = routing.gates.detach()
         shape = (rows, gates.shape[0] // max(rows, 1))
         self._parts.setdefault(name, []).append((gates, routing.topk_ids, shape))
 
     def __getitem__(self, name: str) -> RecordedRouting:
+        if name not in self._parts:
+            known = ", ".join(list(self._parts)[:3]) or "nothing was recorded"
+            raise KeyError(f"no router of this name ran: {name!r}; {nearest(name, self._parts)}names are as {known}")
         parts = self._parts[name]
         ids = [topk_ids for _, topk_ids, _ in parts if topk_ids is not None]
         return RecordedRouting(

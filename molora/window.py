@@ -7,7 +7,7 @@ when an optimiser of this model steps, they are summed over ranks and handed to 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -86,12 +86,12 @@ def on_optimizer_step(owner: Any, ended: Callable[[Any, torch.optim.Optimizer], 
     weakref.finalize(owner, handle.remove)
 
 
-def steps_model(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
-    """Whether this optimizer trains this model.
+def steps_parameters(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether this optimizer trains any of these parameters.
 
-    DeepSpeed's inner optimizers hold flat copies; its mark on the model's parameters has to do for those.
+    DeepSpeed's inner optimizers hold flat copies; its mark on the parameters has to do for those.
     """
-    own = {id(p) for p in model.parameters() if p.requires_grad}
+    own = {id(p): p for p in parameters if p.requires_grad}
     if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
         return True
-    return any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters() if p.requires_grad)
+    return any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in own.values())

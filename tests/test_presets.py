@@ -391,7 +391,9 @@ def test_bad_task_labels(name: str) -> None:
         model(**without)
     with pytest.raises(ValueError, match=f"task_labels holds {tasks}, but this router tells {tasks} tasks apart; give"):
         model(**without, task_labels=torch.tensor([0, tasks]))
-    with pytest.raises(ValueError, match="tokens but the task_labels tensor has 3; pass one of these tokens"):
+    with pytest.raises(
+        ValueError, match=r"task_labels has shape \(3,\); give one number for each row, \(2,\), or for each token"
+    ):
         model(**without, task_labels=torch.tensor([0, 1, 0]))
     model(**batch).loss.backward()
     assert model.eval()(**without).loss.isfinite()

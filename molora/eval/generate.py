@@ -59,7 +59,11 @@ def stream(
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.inference_mode():
         output = model.generate(
-            input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            generation_config=config,
+            streamer=streamer,
+            tokenizer=tokenizer,  # for routers that read the running text
         )
     if len(output[0]) == limit and len(ids) + max_new_tokens > limit and output[0, -1] not in config.eos_token_id:
         note(f"stopped at the end of the model's context of {limit} tokens")

@@ -142,7 +142,12 @@ def _score_generations(
         eos_token_id=end_tokens(model, tokenizer),
         pad_token_id=tokenizer.eos_token_id,
     )
-    out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+    out = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=config,
+        tokenizer=tokenizer,
+    )
     texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return [
         {"prediction": text.strip(), "correct": " ".join(text.split()) == " ".join(row.answer.split())}

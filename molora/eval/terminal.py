@@ -104,6 +104,8 @@ def model_table(model: Any) -> Table:
     for key in ("placement", "num_experts", "r", "lora_alpha"):
         if hasattr(config, key):
             table.add_row(key, str(getattr(config, key)))
+    if hasattr(config, "router"):
+        table.add_row("router", config.router.name)
     table.add_row("sites", str(num_sites(model)))
     table.add_row("trainable parameters", f"{counts['trainable']:,}")
     table.add_row("base parameters", f"{counts['base']:,}")

@@ -48,11 +48,11 @@ def router_config(value: RouterConfig | Mapping[str, Any] | str) -> RouterConfig
     Raises:
         ValueError: an unknown router or key, with the nearest valid one; or neither a config, nor a dict, nor a name.
     """
-    if isinstance(value, RouterConfig):
+    if isinstance(value, RouterConfig) and type(value) in _CONFIGS:
         return value
     if isinstance(value, str):
         value = {"name": value}
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"router={value!r} must be a router config, a dict or a name")
     options = dict(value)
     name = options.pop("name", TopK.name)

@@ -78,6 +78,7 @@ class Softmax(BalancedRouterConfig):
         if self.log_balance_coef:
             probs = [self.split_own(site.own, site.num_gates, 1)[2].mean(0) for site in sites]
             mean = torch.stack(probs).mean(0)
+            mean = torch.where(mean > 0, mean, 1.0)  # no token counted, as in a micro-batch of padding
             value = value - self.log_balance_coef * mean.log().sum()
             for site, grad in zip(sites, grads, strict=True):
                 _, _, grad_probs = self.split_own(grad, site.num_gates, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import yaml
 from molora.eval.strict import apply_overrides, build, read_yaml
 from molora.eval.suite import Suite
 from molora.eval.tasks import TaskConfig
+from molora.suggest import unknown_key_message
 from molora.train.settings import check_lora, check_training
 
 SCHEMA = "molora.recipe/1"
@@ -168,4 +169,8 @@ def mixture_config(keys: dict[str, Any]) -> Any:
 
     keys = dict(keys)
     preset = keys.pop("preset", None)
+    valid = [field.name for field in fields(MoloraConfig)]
+    for key in keys:
+        if key not in valid:
+            raise ValueError(unknown_key_message("MoloraConfig", key, [*valid, "preset"]))
     return MoloraConfig(**keys) if preset is None else MoloraConfig.from_preset(preset, **keys)

@@ -20,7 +20,9 @@ class RoutingLog(TrainerCallback):
     the lists load and mean_gate; over all routers largest_load and dead_experts. One copy from the device for each
     line, none for a step. A router that uses no more experts than a single token does is named in a warning, once.
 
-    For any Trainer: ``Trainer(..., callbacks=[RoutingLog()])``. Figures are those of the process that logs.
+    For any Trainer: ``Trainer(..., callbacks=[RoutingLog()])``. Figures are those of the process that logs. For
+    TensorBoard and the like it has to stand before their callbacks: ``trainer.callback_handler.callbacks.insert(0,
+    RoutingLog())``; they get the scalars.
 
     Args:
         warn: called with the sentence that names a collapsed router.
@@ -30,7 +32,9 @@ class RoutingLog(TrainerCallback):
         self.warn = warn
         self._warned: set[str] = set()
 
-    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, model: Any = None, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if not state.log_history or "loss" not in state.log_history[-1]:
             return
         report = routing_report(model)
@@ -40,8 +44,10 @@ class RoutingLog(TrainerCallback):
         line["largest_load"] = max(use.largest_load for use in report.values())
         line["dead_experts"] = sum(use.dead_experts for use in report.values())
         for name, use in report.items():
-            line |= {f"routing/{name}/{key}": getattr(use, key) for key in _SCALARS}
-            line |= {f"routing/{name}/load": use.load, f"routing/{name}/mean_gate": use.mean_gate}
+            scalars = {f"routing/{name}/{key}": getattr(use, key) for key in _SCALARS}
+            line |= scalars | {f"routing/{name}/load": use.load, f"routing/{name}/mean_gate": use.mean_gate}
+            if logs is not None:
+                logs |= scalars  # for the callbacks behind this one
             if use.collapsed and name not in self._warned:
                 self._warned.add(name)
                 self.warn(collapse_warning(name, use, state.global_step))

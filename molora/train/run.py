@@ -60,6 +60,17 @@ def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, li
     if recipe.suite is not None and (recipe.evaluation.before or recipe.evaluation.after):
         check_suite(recipe.suite, tokenizer, limit)
     config = adapter_config(recipe)
+    router = getattr(config, "router", None)
+    if isinstance(router, Centroid) and router.reads_text:
+        raise ValueError(
+            f"mixture.router.embedder={router.embedder!r} reads the running text, which training does not have; train "
+            "with embedder 'base'"
+        )
+    if isinstance(router, Centroid) and config.num_experts != len(recipe.tasks):
+        raise ValueError(
+            f"mixture.num_experts={config.num_experts}, but there are {len(recipe.tasks)} tasks, each of them one "
+            "expert of a centroid router; set mixture.num_experts to it"
+        )
     labels = task_labels(recipe, config)
     rows, reports = mixed_dataset(recipe.tasks, tokenizer, recipe.mixing, recipe.sequence, limit, labels)
     set_seed(seed)
@@ -77,14 +88,20 @@ def task_labels(recipe: Recipe, config: Any) -> list[int]:
     """
     labels = [i if task.task_label is None else task.task_label for i, task in enumerate(recipe.tasks)]
     router = getattr(config, "router", None)
-    known = 0 if router is None else router.task_labels(config.num_experts)
+    known = 0 if router is None else router.task_labels(fewest(config.num_experts))
     for task, label in zip(recipe.tasks, labels, strict=True):
         if known and label >= known:
             raise ValueError(
                 f"task {task.name!r} has task label {label}, but the router's loss tells {known} tasks apart (0 to "
-                f"{known - 1}); set its task_label, or one expert for each task"
+                f"{known - 1}); set its task_label"
+                + (", or mixture.num_experts to the number of tasks" if known > 2 else "")
             )
     return labels
+
+
+def fewest(num_experts: int | list[int]) -> int:
+    """The number of experts, or the smallest of several."""
+    return num_experts if isinstance(num_experts, int) else min(num_experts)
 
 
 def example_texts(rows: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
@@ -208,7 +225,7 @@ def _trainer(
     warn: Callable[[str], Any],
 ) -> AtomicTrainer:
     router = getattr(model.active_peft_config, "router", None)
-    labelled = router is not None and router.task_labels(model.active_peft_config.num_experts) > 0
+    labelled = router is not None and router.task_labels(fewest(model.active_peft_config.num_experts)) > 0
     try:
         trainer = AtomicTrainer(
             model=model,

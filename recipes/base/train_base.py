@@ -186,7 +186,8 @@ def bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, t
 
 def blimp(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> float:
     """The share of minimal pairs whose good sentence is more likely, over all paradigms."""
-    pairs = [json.loads(line) for path in sorted(folder.rglob("*.jsonl.gz")) for line in gzip.open(path, "rt")]
+    files = [gzip.decompress(path.read_bytes()).decode() for path in sorted(folder.rglob("*.jsonl.gz"))]
+    pairs = [json.loads(line) for text in files for line in text.splitlines()]
     sides = [[tokenizer(pair[side])["input_ids"] for pair in pairs] for side in ("sentence_good", "sentence_bad")]
     good, bad = (log_likelihoods(model, rows, tokenizer.pad_token_id) for rows in sides)
     return float((good > bad).float().mean())
