@@ -98,7 +98,11 @@ def test_a_preset_trains_and_resumes_exactly(name: str, base: str, tmp_path: Pat
             {},
             "task 'minus' has task label 2, but the router's loss tel",
         ),
-        ({"preset": "lora-tle", "num_experts": 2, "r": 2, "target_modules": "all-linear"}, {}, "num_experts=2, but there are 3 tasks"),
+        (
+            {"preset": "lora-tle", "num_experts": 2, "r": 2, "target_modules": "all-linear"},
+            {},
+            "num_experts=2, but there are 3 tasks",
+        ),
         ({"preset": "loramoe", **SMALL["loramoe"]}, {}, "tells 2 tasks apart (0 to 1); set its task_label"),
         ({"preset": "smora", "r": 4}, {}, "active_ranks=8 exceeds r=4; lower router.active_ranks or raise r"),
         ({"preset": "mola", "num_experts": [2, 2, 2]}, {}, "has 3 numbers; give one for each of the"),
