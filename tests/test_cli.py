@@ -190,6 +190,10 @@ def test_train_eval_and_resume_refusals(base: str, tmp_path: Path, capsys: pytes
     assert yaml.safe_load((out / "recipe.yaml").read_text())["training"]["max_steps"] == 8
     log = json.loads((out / "loss_curve.json").read_text())
     assert 0.5 <= log[0]["largest_load"] <= 1.0
+    assert all({"loss/sums", "loss/odd"} & line.keys() for line in log if "loss" in line)
+    shared = [line for line in log if {"loss/sums", "loss/odd"} <= line.keys()]
+    assert all(min(line["loss/sums"], line["loss/odd"]) - 1e-3 <= line["loss"] for line in shared)
+    assert all(line["loss"] <= max(line["loss/sums"], line["loss/odd"]) + 1e-3 for line in shared)
 
     # The saved adapter, loaded again, scores as the model did in the trainer.
     assert molora("eval", str(out), "--out", str(tmp_path / "again.json")) == 0

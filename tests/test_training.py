@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,22 @@ def test_sft_trainer_takes_the_config(tmp_path: Path):
     assert isinstance(trainer.model, PeftModel)
     assert all(p.abs().sum() > 0 for n, p in trainer.model.named_parameters() if "molora_B" in n)
     assert molora.routing_statistics(trainer.model)
+
+
+def test_task_losses_are_token_means() -> None:
+    """Against cross entropy of each task's tokens alone; a task without a token has no line."""
+    from molora.train.task_loss import TaskLosses
+
+    losses, logits, labels = TaskLosses(["a", "b", "c"]), [], []
+    tasks = [torch.tensor([0, 2, 0]), torch.tensor([2, 2])]
+    for rows in tasks:
+        logits.append(torch.randn(len(rows), 6, 11))
+        labels.append(torch.randint(11, (len(rows), 6)).masked_fill(torch.rand(len(rows), 6) < 0.4, -100))
+        losses.add(logits[-1].bfloat16(), labels[-1], rows)
+    got = losses.collect()
+    assert got.keys() == {"loss/a", "loss/c"} and losses.collect() == {}
+    for name, number in (("a", 0), ("c", 2)):
+        picked = [(x[rows == number], y[rows == number]) for x, y, rows in zip(logits, labels, tasks, strict=True)]
+        flat = torch.cat([x.bfloat16().float()[:, :-1].flatten(0, 1) for x, _ in picked])
+        want = torch.nn.functional.cross_entropy(flat, torch.cat([y[:, 1:].flatten() for _, y in picked]))
+        assert math.isclose(got[f"loss/{name}"], float(want), rel_tol=1e-6)

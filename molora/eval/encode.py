@@ -214,11 +214,14 @@ def collate(rows: Sequence[dict[str, Any]], *, with_task_labels: bool = False) -
     The value of padded ids is 0: the mask hides them and their label is -100, so no pad token is needed.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``labels``: (B, S) int64 on the CPU; ``task_labels`` (B,) if asked for.
+        ``input_ids``, ``attention_mask``, ``labels``: (B, S) int64 on the CPU; ``task`` (B,) where rows have one;
+        ``task_labels`` (B,) if asked for.
     """
     batch = {
         "input_ids": pad([row["input_ids"] for row in rows], 0),
         "attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0),
         "labels": pad([row["labels"] for row in rows], IGNORED),
     }
+    if "task" in rows[0]:
+        batch["task"] = torch.tensor([row["task"] for row in rows])
     return batch | ({"task_labels": torch.tensor([row["task_label"] for row in rows])} if with_task_labels else {})

@@ -1,4 +1,4 @@
-"""The Trainer with checkpoints that are whole or absent, and an order of rows that resumes exactly."""
+"""The Trainer with checkpoints that are whole or absent, an order of rows that resumes exactly, losses by task."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from molora.eval.disk import writing
 from molora.train.sampling import LengthGroupedSampler
+from molora.train.task_loss import TaskLosses
 
 PARTIAL = ".partial"
 """Directory inside output_dir for what is being written; the search for ``checkpoint-*`` does not look into it."""
@@ -28,6 +29,22 @@ class AtomicTrainer(Trainer):
     """
 
     _partial: Path | None = None
+    task_losses: TaskLosses | None = None
+    """Where set, batches hold ``task`` (B,), and the log the loss of each task."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        tasks = inputs.pop("task", None)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if tasks is not None and self.task_losses is not None and model.training:
+            self.task_losses.add(outputs.logits, inputs["labels"], tasks)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        if "loss" in logs and self.task_losses is not None:
+            logs = logs | self.task_losses.collect()
+        super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._partial) if self._partial is not None else super()._get_output_dir(trial)

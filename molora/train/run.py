@@ -35,6 +35,7 @@ from molora.train.output import (
 )
 from molora.train.recipe import Recipe, adapter_config, recipe_yaml
 from molora.train.routing_log import RoutingLog
+from molora.train.task_loss import TaskLosses
 
 EXAMPLES = 64
 """Training rows of each task that make a centroid."""
@@ -239,6 +240,7 @@ def _trainer(
         # For instance report_to for a service that is not installed, or fp16 without a GPU.
         raise ValueError(f"recipe.training: {error}") from error
     trainer.remove_callback(PrinterCallback)
+    trainer.task_losses = TaskLosses([task.name for task in recipe.tasks])
     return trainer
 
 
