@@ -9,7 +9,7 @@ PY := $(BIN)/python
 STAMP := $(VENV)/.installed
 PIP := $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: venv lint format test unit recipe distributed gpu clean
+.PHONY: venv lint format test unit recipe distributed gpu quickstart clean
 .DEFAULT_GOAL := test
 # The tiers run one after the other even under make -j, because each one uses every core.
 .NOTPARALLEL:
@@ -46,6 +46,16 @@ recipe distributed gpu: $(STAMP)
 	else \
 		echo "no test is marked '$@' yet: tier skipped"; \
 	fi
+
+# What a user installs, and nothing more; then the tour.
+$(VENV)/.quickstart: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e .
+	touch $@
+
+quickstart: $(VENV)/.quickstart
+	HF_HUB_OFFLINE=1 $(BIN)/molora quickstart
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -246,6 +246,32 @@ def generate(
         )
 
 
+@app.command(epilog=_examples("molora quickstart", "molora quickstart --out runs/again --seed 1"))
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Directory for the two adapters and results.json.")] = Path(
+        "runs/quickstart"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the data, the weights and the order.")] = 0,
+) -> None:
+    """Teach the embedded base eight skills, by one LoRA and by a mixture of as many parameters; about three minutes."""
+    from molora.eval import terminal
+    from molora.eval.disk import check_directory
+
+    check_directory(out, "--out")
+    from molora.train.quickstart import quickstart as run
+
+    terminal.quiet()
+    with _interruptible(), terminal.progress() as progress:
+        results = run(
+            out,
+            seed=seed,
+            callbacks=[terminal.TrainingBar(progress)],
+            score_progress=terminal.score_progress(progress),
+            say=lambda text: terminal.err.print(text, highlight=False),
+        )
+    terminal.show_quickstart(results, out)
+
+
 @app.command(epilog=_examples("molora presets", "molora presets dynmole"))
 def presets(
     name: Annotated[str | None, typer.Argument(help="One preset, with its settings and where they come from.")] = None,

@@ -1,0 +1,6 @@
+"""Files that travel with the package."""
+
+from pathlib import Path
+
+MOLORA_TINY = Path(__file__).parent / "molora-tiny"
+"""A trained Llama of 3.5 M parameters with its tokenizer; its README.md says how it was made."""
