@@ -71,8 +71,10 @@ def equal_rank(mixture: dict[str, Any]) -> int:
 
 
 def chain_score(model: PeftModel, tokenizer: PreTrainedTokenizerBase, chain: Sequence[str], seed: int) -> float:
-    """The share of subjects for which the last answer of a chain is right."""
-    subjects = [row.subject for row in skill(chain[0]).rows(CHAIN_ROWS, seed + 2)]
+    """The share of subjects, which the chain's first skill did not train on, for which the last answer is right."""
+    first = skill(chain[0])
+    seen = frozenset(row.subject for row in first.rows(TRAIN_ROWS, seed))
+    subjects = [row.subject for row in first.rows(CHAIN_ROWS, seed + 2, seen)]
     wanted = subjects
     for name in chain:
         wanted = [skill(name).answer(subject) for subject in wanted]
