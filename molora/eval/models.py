@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from molora.assets import MOLORA_TINY
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -23,7 +25,7 @@ def load_base(model: str, *, dtype: str = "auto", quantization: str | None = Non
     """Loads a base causal LM, on the accelerator if there is one.
 
     Args:
-        model: a hub id or a local directory.
+        model: a hub id, a local directory, or ``molora-tiny``, which travels with the package.
         dtype: one of ``DTYPES``; ``"auto"``: that of the checkpoint.
         quantization: ``None``, ``"nf4"`` or ``"int8"`` (bitsandbytes).
 
@@ -81,6 +83,8 @@ def resolve(model: str) -> str:
             no directory, or a directory without a model.
     """
     path = Path(model).expanduser()
+    if model == MOLORA_TINY.name and not path.exists():
+        return str(MOLORA_TINY)
     if path.is_dir():
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(f"directory {model!r} has no config.json and no adapter_config.json, so no model")
