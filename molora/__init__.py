@@ -3,6 +3,7 @@
 from molora.centroids import set_centroids
 from molora.config import MoloraConfig
 from molora.context import aux_weight, end_step
+from molora.equal_lora import equal_lora
 from molora.integrations.peft import register as _register
 from molora.telemetry import record_routing, router_losses, routing_report, routing_statistics
 
@@ -11,6 +12,7 @@ __all__ = [
     "MoloraConfig",
     "aux_weight",
     "end_step",
+    "equal_lora",
     "record_routing",
     "router_losses",
     "routing_report",

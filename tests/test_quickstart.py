@@ -12,7 +12,9 @@ from peft import LoraConfig, get_peft_model
 from test_cli import molora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from molora import equal_lora
 from molora.assets import MOLORA_TINY
+from molora.eval.models import load_base
 from molora.train import quickstart
 from molora.train.recipe import mixture_config
 from molora.train.skills import CHAINS, SKILLS, skill
@@ -87,7 +89,7 @@ def test_the_embedded_base_is_a_trained_model() -> None:
 
 
 def test_both_sides_have_as_many_parameters() -> None:
-    rank = quickstart.equal_rank(quickstart.MIXTURE)
+    rank = equal_lora(load_base(str(MOLORA_TINY)), mixture_config(quickstart.MIXTURE)).r
     counts = []
     for config in (mixture_config(quickstart.MIXTURE), LoraConfig(r=rank, target_modules="all-linear")):
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(MOLORA_TINY), config)

@@ -94,6 +94,10 @@ class RouterConfig:
         """G, the gates of one token."""
         return num_experts
 
+    def num_chosen(self, num_experts: int, r: int) -> int | None:
+        """How many of the gates of a token are not zero; None where that varies from token to token."""
+        return None
+
     def scaling_rank(self, r: int) -> int:
         """The rank that lora_alpha is divided by: that of one expert, or the number of active ranks."""
         return r

@@ -86,6 +86,9 @@ class Centroid(RouterConfig):
         if self.top_k is not None and self.top_k > num_experts:
             raise ValueError(f"top_k={self.top_k} exceeds num_experts={num_experts}; lower router.top_k")
 
+    def num_chosen(self, num_experts: int, r: int) -> int:
+        return self.top_k or num_experts
+
     def build(self, in_features: int, num_experts: int, r: int = 0) -> CentroidRouter:
         return CentroidRouter(self, in_features, num_experts)
 

@@ -72,6 +72,9 @@ class RankWise(RouterConfig):
     def num_gates(self, num_experts: int, r: int) -> int:
         return r // self.rank_partition
 
+    def num_chosen(self, num_experts: int, r: int) -> int:
+        return self.active_ranks // self.rank_partition
+
     def scaling_rank(self, r: int) -> int:
         return self.active_ranks
 

@@ -69,6 +69,9 @@ class Softmax(BalancedRouterConfig):
     def task_labels(self, num_experts: int) -> int:
         return 2 if self.localized_balance_coef else 0
 
+    def num_chosen(self, num_experts: int, r: int) -> int:
+        return num_experts
+
     def build(self, in_features: int, num_experts: int, r: int = 0) -> SoftmaxRouter:
         return SoftmaxRouter(self, in_features, num_experts)
 

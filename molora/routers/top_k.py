@@ -101,6 +101,9 @@ class TopK(BalancedRouterConfig):
     def has_capacity(self) -> bool:
         return self.expert_capacity is not None or self.capacity_factor is not None
 
+    def num_chosen(self, num_experts: int, r: int) -> int:
+        return self.top_k
+
     def build(self, in_features: int, num_experts: int, r: int = 0) -> TopKRouter:
         return TopKRouter(self, in_features, num_experts, self.init_std, self.bias)
 

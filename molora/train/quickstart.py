@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from molora import equal_lora
 from molora.assets import MOLORA_TINY
 from molora.eval.models import load_base, load_model
-from molora.eval.results import parameters, write_json
+from molora.eval.results import write_json
 from molora.eval.strict import build
 from molora.telemetry import record_routing
 from molora.train.recipe import SCHEMA, Recipe, mixture_config
@@ -59,15 +60,6 @@ def write_tasks(folder: Path, seed: int) -> list[dict[str, Any]]:
             }
         )
     return tasks
-
-
-def equal_rank(mixture: dict[str, Any]) -> int:
-    """The rank of one LoRA on every linear of the base that has as many parameters as the mixture, at least."""
-    base = load_base(str(MOLORA_TINY))
-    head = base.get_output_embeddings()
-    linears = [m for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    sides = sum(linear.in_features + linear.out_features for linear in linears)
-    return -(-parameters(get_peft_model(base, mixture_config(mixture)))["trainable"] // sides)
 
 
 def chain_score(model: PeftModel, tokenizer: PreTrainedTokenizerBase, chain: Sequence[str], seed: int) -> float:
@@ -160,7 +152,8 @@ def quickstart(
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is not empty; choose another directory with --out")
     (out / "data").mkdir(parents=True)
-    tasks, rank = write_tasks(out / "data", seed), equal_rank(MIXTURE)
+    tasks = write_tasks(out / "data", seed)
+    rank = equal_lora(load_base(str(MOLORA_TINY)), mixture_config(MIXTURE)).r
     sections = {
         "lora": {"lora": {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}},
         "mixture": {"mixture": MIXTURE},

@@ -1,0 +1,86 @@
+"""The fair baseline of a mixture: one LoRA with as many parameters on the same linears."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from molora.checks import check_choice
+from molora.config import MoloraConfig
+from molora.layers import MixtureSpec, linear_features
+from molora.plan import FFNPlan, LinearPlan, plan_conversion
+
+
+def equal_lora(base: nn.Module, config: MoloraConfig, count: str = "trainable", **options: Any) -> LoraConfig:
+    """A LoRA on the linears that a mixture converts, with its number of parameters or just above.
+
+    The rank is the smallest with ``r * sum(in + out) >= parameters of the mixture``, routers and plain LoRA included.
+    Nothing is converted: the base stays as it is.
+
+    Args:
+        base: the model that would be converted.
+        config: of the mixture.
+        count: "trainable", all parameters of the mixture, or "active", those that work for one token: its routers, and
+            of its experts the chosen ones.
+        options: more keys of LoraConfig; lora_alpha is 2r and the dropout the mixture's where they say nothing.
+
+    Returns:
+        A causal-LM LoraConfig, its targets by their full names.
+
+    Raises:
+        ValueError: `config` cannot convert `base`, or count="active" for a router whose number of chosen experts varies
+            from token to token.
+    """
+    check_choice("count", count, ("trainable", "active"))
+    modules = dict(base.named_modules())
+    targets: dict[str, int] = {}
+    parameters = 0.0
+    blocks = set()
+    for name, entry in plan_conversion(base, copy.deepcopy(config)).items():
+        if isinstance(entry, FFNPlan):
+            specs = {f"{name}.{child}": spec for child, spec in entry.specs.items()}
+        else:
+            specs = {name: entry.spec}
+        for linear, spec in specs.items():
+            inputs, outputs = linear_features(modules[linear]) or (0, 0)
+            targets[linear] = inputs + outputs
+            share = 1.0 if count == "trainable" else _active_share(spec)
+            experts = spec.num_experts * spec.r * (outputs + (0 if spec.share_A else inputs))
+            parameters += share * experts + spec.r * (inputs if spec.share_A else 0)
+        spec = next(iter(specs.values()))
+        if spec.router is None or entry.block in blocks:
+            continue
+        blocks |= {entry.block} - {None}
+        with torch.device("meta"):
+            features = entry.place.features or _input_size(modules, name, entry)
+            router = spec.router.build(features, spec.num_experts, spec.r)
+        parameters += sum(weight.numel() for weight in router.parameters())
+    rank = -int(-parameters // sum(targets.values()))
+    defaults = {"task_type": "CAUSAL_LM", "lora_alpha": 2 * rank, "lora_dropout": config.lora_dropout}
+    return LoraConfig(**defaults | options, r=rank, target_modules=sorted(targets))
+
+
+def _input_size(modules: dict[str, nn.Module], name: str, entry: LinearPlan | FFNPlan) -> int:
+    """The size of what a router reads: the input of its linear, or of its FFN."""
+    if isinstance(entry, FFNPlan):
+        name = f"{name}.{next(child for part, child in entry.structure.parts if part != 'down')}"
+    features = linear_features(modules[name])
+    assert features is not None
+    return features[0]
+
+
+def _active_share(spec: MixtureSpec) -> float:
+    """The share of an adapter's ranks that work for one token."""
+    if spec.router is None:
+        return 1.0
+    chosen = spec.router.num_chosen(spec.num_experts, spec.r)
+    if chosen is None:
+        raise ValueError(
+            f"count='active': how many experts router {spec.router.name!r} chooses varies from token to token; compare "
+            "at count='trainable'"
+        )
+    return chosen / spec.router.num_gates(spec.num_experts, spec.r)
