@@ -10,7 +10,8 @@ import pytest
 from tiny_lm import CONTEXT, tiny_tokenizer, write_jsonl
 
 from molora.eval.encode import IGNORED, collate, encode_example, encode_row
-from molora.eval.tasks import EvalConfig, TaskConfig, eval_task, load_rows
+from molora.eval.rows import load_rows
+from molora.eval.tasks import EvalConfig, TaskConfig, eval_task
 from molora.train.mixing import encode_task, mixed_dataset, probabilities
 from molora.train.recipe import MixingConfig, SequenceConfig
 from molora.train.sampling import LengthGroupedSampler

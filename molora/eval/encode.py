@@ -5,7 +5,6 @@ Training and generation see the same boundary: the prompt is always tokenized al
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from molora.eval.chat import conversation, encode_conversation, encode_last_reply
 from molora.eval.tasks import TaskConfig, fill
 
 IGNORED = -100
@@ -21,7 +21,10 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One row to score: ``choices`` is empty unless the task has choices; ``answer`` is then one of them."""
+    """One row to score: ``choices`` is empty unless the task has choices; ``answer`` is then one of them.
+
+    ``end_ids``: tokens that end the answer beside the model's own, the end of a turn in the chat template.
+    """
 
     prompt: str
     prompt_ids: list[int]
@@ -29,21 +32,24 @@ class Example:
     answer_ids: list[int]
     choices: tuple[str, ...] = ()
     choice_ids: tuple[list[int], ...] = ()
+    end_ids: tuple[int, ...] = ()
 
 
 def encode_row(row: dict[str, Any], task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Encodes one row for training.
+    """Encodes one row for training. An answer without text carries no loss: it would teach to say nothing.
 
     Returns:
         ``input_ids`` and ``labels`` (the same length, tokens; -100 where no loss is taken) and ``num_unknown``, the
         tokens that are the tokenizer's unknown symbol.
     """
     if task.messages is not None:
-        input_ids, labels = _encode_messages(row[task.messages], task, tokenizer)
+        input_ids, kept = encode_conversation(conversation(row, task), task, tokenizer)
     else:
         example = encode_example(row, task, tokenizer, with_choices=False)
         input_ids = example.prompt_ids + example.answer_ids
-        labels = [IGNORED] * len(example.prompt_ids) + example.answer_ids
+        has_text = bool(example.answer.strip()) or bool(task.choices)
+        kept = [False] * len(example.prompt_ids) + [has_text] * len(example.answer_ids)
+    labels = [token if keep else IGNORED for token, keep in zip(input_ids, kept, strict=True)]
     if task.loss == "all":
         labels = list(input_ids)
     return {"input_ids": input_ids, "labels": labels, "num_unknown": _num_unknown(input_ids, tokenizer)}
@@ -64,7 +70,14 @@ def encode_example(
         ValueError: the answer is none of the task's choices, or a conversation without a reply of the assistant.
     """
     if task.messages is not None:
-        return _encode_last_reply(row[task.messages], task, tokenizer)
+        prompt_ids, answer, answer_ids, end_ids = encode_last_reply(conversation(row, task), task, tokenizer)
+        return Example(
+            prompt=tokenizer.decode(prompt_ids),
+            prompt_ids=prompt_ids,
+            answer=answer,
+            answer_ids=answer_ids,
+            end_ids=end_ids,
+        )
     assert task.prompt is not None and task.answer is not None
     prompt, answer = fill(task.prompt, row), fill(task.answer, row)
     prompt_ids = encode_prompt(prompt, tokenizer)
@@ -128,76 +141,6 @@ def _continuation(prompt: str, prompt_ids: list[int], answer: str, tokenizer: Pr
     else:
         ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     return ids if ids and ids[-1] == eos else [*ids, eos]
-
-
-def _check_messages(messages: Any, task: TaskConfig) -> list[dict[str, str]]:
-    ok = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
-    if not ok or not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(
-            f"task {task.name!r}: column {task.messages!r} must hold a list of {{role, content}} with at least one "
-            f"reply of the role 'assistant', got {str(messages)[:200]}"
-        )
-    return messages
-
-
-def _chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, prompt: bool) -> list[int]:
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=prompt)[
-        "input_ids"
-    ]
-
-
-def _require_template(task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    template = tokenizer.chat_template
-    if not isinstance(template, str):
-        raise ValueError(
-            f"task {task.name!r} uses messages, but the tokenizer has no chat template; use prompt and answer"
-        )
-    return template
-
-
-def _encode_messages(
-    messages: Any, task: TaskConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    """A conversation by the chat template; the loss is on the assistant's replies.
-
-    The replies come from the template's own ``{% generation %}`` mask. A template without one is rendered turn by turn;
-    every shorter rendering must then be a prefix of the whole, or the replies cannot be located.
-    """
-    messages, template = _check_messages(messages, task), _require_template(task, tokenizer)
-    if re.search(r"\{%-?\s*generation", template):
-        out = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        mask = out["assistant_masks"]
-        return out["input_ids"], [
-            token if kept else IGNORED for token, kept in zip(out["input_ids"], mask, strict=True)
-        ]
-    input_ids = _chat_ids(messages, tokenizer, prompt=False)
-    labels = [IGNORED] * len(input_ids)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start, stop = (
-            _chat_ids(messages[:turn], tokenizer, prompt=True),
-            _chat_ids(messages[: turn + 1], tokenizer, prompt=False),
-        )
-        if input_ids[: len(stop)] != stop or stop[: len(start)] != start:
-            raise ValueError(
-                f"task {task.name!r}: the chat template has no {{% generation %}} marks and rewrites earlier turns, so "
-                "the assistant's tokens cannot be located; add the marks to the template or set loss: all"
-            )
-        labels[len(start) : len(stop)] = stop[len(start) :]
-    return input_ids, labels
-
-
-def _encode_last_reply(messages: Any, task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> Example:
-    messages = _check_messages(messages, task)
-    _require_template(task, tokenizer)
-    last = max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
-    prompt_ids = _chat_ids(messages[:last], tokenizer, prompt=True)
-    answer = messages[last]["content"]
-    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return Example(prompt=tokenizer.decode(prompt_ids), prompt_ids=prompt_ids, answer=answer, answer_ids=answer_ids)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> torch.Tensor:

@@ -1,11 +1,10 @@
-"""Scores one task: exact match of greedy generations, or the likelihood of each choice.
+"""Scores one task: greedy generations by a metric, or the likelihood of each choice.
 
 Legend: B rows of a batch, S tokens of the longest row, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,8 +12,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from molora.eval.encode import IGNORED, Example, collate, encode_example, num_unknown, pad
+from molora.eval.metrics import METRICS, exact_match, last_number, majority, mean_interval
 from molora.eval.results import wilson
-from molora.eval.tasks import TaskConfig, load_rows
+from molora.eval.rows import load_rows
+from molora.eval.tasks import TaskConfig
 
 
 def context_length(model: PreTrainedModel, max_length: int | None = None) -> int | None:
@@ -58,12 +59,15 @@ def score_task(
     """
     limit = context_length(model, max_length)
     fitting, num_skipped = load_examples(task, tokenizer, limit)
-    score = _score_choices if task.metric == "choice" else _score_generations
     predictions: list[dict[str, Any]] = [{}] * len(fitting)
     tokens = (task.eval and task.eval.max_new_tokens) or max(len(e.answer_ids) for e in fitting) + 8
     for batch in _batches(fitting, batch_size, limit):
         rows = [fitting[index] for index in batch]
-        for index, outcome in zip(batch, score(model, tokenizer, rows, tokens, limit), strict=True):
+        if task.metric == "choice":
+            outcomes = _score_choices(model, rows)
+        else:
+            outcomes = _score_generations(model, tokenizer, rows, tokens, limit, task.metric)
+        for index, outcome in zip(batch, outcomes, strict=True):
             predictions[index] = {
                 "task": task.name,
                 "prompt": fitting[index].prompt,
@@ -71,13 +75,13 @@ def score_task(
                 **outcome,
             }
         progress(len(batch), len(fitting))
-    correct = sum(p["correct"] for p in predictions)
+    scores = [p.get("score", p["correct"]) for p in predictions]
     entry = {
         "metric": task.metric,
         "n": len(fitting),
-        "value": correct / len(fitting),
-        "interval": wilson(correct, len(fitting)),
-        "majority": Counter(e.answer for e in fitting).most_common(1)[0][1] / len(fitting),
+        "value": sum(scores) / len(fitting),
+        "interval": mean_interval(scores) if task.metric == "rouge_l" else wilson(sum(scores), len(fitting)),
+        "majority": majority(task.metric, [e.answer for e in fitting]),
         "skipped_too_long": num_skipped,
         "unknown_tokens": sum(num_unknown(e, tokenizer) for e in fitting),
     }
@@ -93,9 +97,16 @@ def load_examples(task: TaskConfig, tokenizer: PreTrainedTokenizerBase, limit: i
         The rows that fit into ``limit`` tokens, and how many do not.
 
     Raises:
-        ValueError: no row fits.
+        ValueError: no row fits, or an answer without a number for the metric ``number``.
     """
     examples = [encode_example(row, task, tokenizer) for row in load_rows(task)]
+    if task.metric == "number":
+        for example in examples:
+            if last_number(example.answer) is None:
+                raise ValueError(
+                    f"task {task.name!r}: metric 'number' needs a number in every answer, got {example.answer[:80]!r}; "
+                    "use exact_match or rouge_l"
+                )
     fitting = [e for e in examples if limit is None or _length(e) <= limit]
     if not fitting:
         raise ValueError(
@@ -130,16 +141,21 @@ def _batches(examples: Sequence[Example], size: int, limit: int | None) -> Itera
 
 @torch.inference_mode()
 def _score_generations(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Example], tokens: int, limit: int | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Example],
+    tokens: int,
+    limit: int | None,
+    metric: str,
 ) -> list[dict[str, Any]]:
-    """Greedy generation in a left-padded batch; correct if the text equals the answer but for runs of white space."""
+    """Greedy generation in a left-padded batch; a ``score`` besides ``correct`` where the metric has values between."""
     ids = pad([row.prompt_ids for row in rows], 0, left=True)
     mask = pad([[1] * len(row.prompt_ids) for row in rows], 0, left=True)
     longest = ids.shape[1]
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=tokens if limit is None else min(tokens, limit - longest),
-        eos_token_id=end_tokens(model, tokenizer),
+        eos_token_id=sorted({*end_tokens(model, tokenizer), *(token for row in rows for token in row.end_ids)}),
         pad_token_id=tokenizer.eos_token_id,
     )
     out = model.generate(
@@ -149,10 +165,12 @@ def _score_generations(
         tokenizer=tokenizer,
     )
     texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-    return [
-        {"prediction": text.strip(), "correct": " ".join(text.split()) == " ".join(row.answer.split())}
-        for text, row in zip(texts, rows, strict=True)
-    ]
+    outcomes: list[dict[str, Any]] = []
+    for text, row in zip(texts, rows, strict=True):
+        score = METRICS[metric](text, row.answer)
+        between = {"correct": exact_match(text, row.answer) == 1.0, "score": score}
+        outcomes.append({"prediction": text.strip(), **(between if metric == "rouge_l" else {"correct": score == 1.0})})
+    return outcomes
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -163,9 +181,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 @torch.inference_mode()
-def _score_choices(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Example], tokens: int, limit: int | None
-) -> list[dict[str, Any]]:
+def _score_choices(model: PreTrainedModel, rows: list[Example]) -> list[dict[str, Any]]:
     """Log-likelihood of each choice given the prompt, summed over its tokens; a tie at the top counts as wrong."""
     flat = [(row.prompt_ids, choice) for row in rows for choice in row.choice_ids]
     scores = choice_log_likelihoods(model, flat).tolist()

@@ -1,21 +1,16 @@
-"""A task: where its rows come from, how a row becomes text, how it is scored."""
+"""A task: where its rows come from, how a row becomes text, how it is scored; :mod:`molora.eval.rows` reads it."""
 
 from __future__ import annotations
 
-import csv
-import glob
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from molora.eval.unreadable import why_unreadable
+from molora.suggest import unknown_key_message
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
+ROLES = ("system", "user", "assistant", "tool")
+"""Who may speak in a conversation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,10 +23,11 @@ class EvalConfig:
     """Split of ``data``."""
     limit: int | None = None
     """Score this many rows, drawn with seed 0; ``None``: all."""
-    metric: Literal["exact_match", "choice"] | None = None
-    """``None``: ``choice`` if the task has choices, else ``exact_match``."""
+    metric: Literal["exact_match", "number", "rouge_l", "choice"] | None = None
+    """``None``: ``choice`` if the task has choices, else ``exact_match``. ``number``: the last number is the same.
+    ``rouge_l``: the F-measure of the longest common subsequence of words."""
     max_new_tokens: int | None = None
-    """Tokens generated per row for ``exact_match``; ``None``: those of the longest reference answer, plus 8."""
+    """Tokens generated per row, unless the metric is ``choice``; ``None``: those of the longest reference, plus 8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +35,7 @@ class TaskConfig:
     """One task of a recipe or a suite.
 
     A row becomes text by ``prompt`` and ``answer`` (templates such as ``"{question}"``), or by the tokenizer's chat
-    template applied to the column ``messages``.
+    template applied to ``messages``.
     """
 
     name: str
@@ -57,10 +53,13 @@ class TaskConfig:
     """Literal replacements in every text column, in the order written; for symbols that the tokenizer lacks."""
     weight: float = 1.0
     limit: int | None = None
-    """Train on this many rows, drawn with seed 0; ``None``: all."""
+    """Train on this many rows, drawn with seed 0 (the first ones of a stream); ``None``: all."""
+    size: int | None = None
+    """Rows of the task, for mixing by size when it is streamed; ``None``: what the hub's card says."""
     prompt: str | None = None
     answer: str | None = None
-    messages: str | None = None
+    messages: str | list[dict[str, str]] | None = None
+    """The column that holds a conversation, or the turns ``{role, content}`` with templates as contents."""
     loss: Literal["answer", "assistant", "all"] | None = None
     """Tokens that carry loss; ``None``: ``answer`` for templates, ``assistant`` for ``messages``."""
     choices: list[str] | dict[str, str] | None = None
@@ -86,6 +85,8 @@ class TaskConfig:
             fail(f"task_label={self.task_label} must be at least 0")
         if self.limit is not None and self.limit <= 0:
             fail(f"limit={self.limit} must be above 0")
+        if self.size is not None and self.size <= 0:
+            fail(f"size={self.size} must be above 0")
         for key in ("limit", "max_new_tokens"):
             value = getattr(self.eval, key, None)
             if value is not None and value < 1:
@@ -98,14 +99,34 @@ class TaskConfig:
             re.compile(self.parse or "")
         except re.error as error:
             fail(f"parse={self.parse!r} is not a regular expression: {error}")
-        for key, template in (("prompt", self.prompt), ("answer", self.answer), *self._choice_templates()):
+        for turn in self.turns:
+            for key in turn:
+                if key not in ("role", "content"):
+                    fail(unknown_key_message("messages", key, ["role", "content"]))
+            if turn.keys() != {"role", "content"}:
+                fail(f"every turn of messages has a role and a content, got {turn}")
+            check_role(turn["role"], self)
+        if self.messages is not None and self.turns and "assistant" not in [turn["role"] for turn in self.turns]:
+            fail("messages has no turn of the role 'assistant', so nothing would be learned; add one")
+        if self.messages in ("", []):
+            fail("messages is empty; name a column, or write the turns as {role, content}")
+        for key, template in self.templates().items():
             try:
-                list(Formatter().parse(template or ""))
+                list(Formatter().parse(template))
             except ValueError as error:
                 fail(f"{key}={template!r} is not a template ({error}); write {{{{ and }}}} for braces")
 
-    def _choice_templates(self) -> list[tuple[str, str]]:
-        return [(f"choices[{key!r}]", template) for key, template in self.choice_map.items()]
+    def templates(self) -> dict[str, str]:
+        """Every template of the task, by its key."""
+        found = {"prompt": self.prompt, "answer": self.answer}
+        found |= {f"choices[{key!r}]": template for key, template in self.choice_map.items()}
+        found |= {f"messages[{index}]": turn["content"] for index, turn in enumerate(self.turns)}
+        return {key: template for key, template in found.items() if template is not None}
+
+    @property
+    def turns(self) -> list[dict[str, str]]:
+        """The turns of ``messages`` with templates as contents; empty where ``messages`` is a column or absent."""
+        return self.messages if isinstance(self.messages, list) else []
 
     @property
     def metric(self) -> str:
@@ -131,43 +152,8 @@ def eval_task(task: TaskConfig) -> TaskConfig:
     )
 
 
-def load_rows(task: TaskConfig) -> Dataset:
-    """Reads the rows of a task, checks that the columns its templates name exist, and draws ``limit`` of them.
-
-    Raises:
-        FileNotFoundError: no local file matches.
-        ValueError: no rows, a line that ``parse`` does not match, or a column that is not there.
-    """
-    import datasets
-
-    try:
-        rows = _read(task)
-    except FileNotFoundError:
-        raise
-    # datasets lets StopIteration and RuntimeError out for an empty file, and OSError for a broken archive.
-    except (ValueError, OSError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        reason = why_unreadable(glob.glob(str(Path(task.data).expanduser()), recursive=True)) or _root_cause(error)
-        raise ValueError(
-            f"task {task.name!r} cannot be read from {task.data!r} (split {task.split!r}): {reason}"
-        ) from error
-    if task.parse is not None:
-        rows = _parse(rows, task)
-    if len(rows) == 0:
-        raise ValueError(f"task {task.name!r} is empty: {task.data!r} has no rows; check data and split")
-    for needed in sorted(_needed_columns(task)):
-        if needed not in rows.column_names:
-            raise ValueError(
-                f"task {task.name!r} needs the column {needed!r}, but {task.data!r} has {', '.join(rows.column_names)}"
-            )
-    if task.limit is not None and task.limit < len(rows):
-        rows = rows.shuffle(seed=0).select(range(task.limit))
-    if task.replace:
-        rows = rows.map(_replaced, fn_kwargs={"pairs": list(task.replace.items())}, load_from_cache_file=False)
-    return rows
-
-
 def fill(template: str, row: dict[str, Any]) -> str:
-    """Renders ``"{field}"`` templates; the fields were checked by :func:`load_rows`.
+    """Renders ``"{field}"`` templates; the fields were checked when the rows were read.
 
     Raises:
         ValueError: the template does not fit the row.
@@ -178,75 +164,28 @@ def fill(template: str, row: dict[str, Any]) -> str:
         raise ValueError(f"the template {template!r} does not fit the row {str(row)[:200]}: {error}") from error
 
 
-def _root_cause(error: BaseException) -> str:
-    """The text of the error that came first: datasets wraps it in one that says nothing."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error) or type(error).__name__
+def needed_columns(task: TaskConfig) -> list[str]:
+    """The columns that the task's templates name, sorted.
 
-
-def _needed_columns(task: TaskConfig) -> set[str]:
-    if task.messages is not None:
-        return {task.messages}
-    assert task.prompt is not None and task.answer is not None
-    templates = [task.prompt, task.answer, *task.choice_map.values()]
+    Raises:
+        ValueError: a template with an empty ``{}``.
+    """
+    if isinstance(task.messages, str):
+        return [task.messages]
+    templates = task.templates().values()
     names = [name for template in templates for _, name, _, _ in Formatter().parse(template) if name is not None]
     if any(not re.match(r"[^.\[\]]", name) for name in names):
         raise ValueError(
             f"task {task.name!r}: an empty {{}} in a template; name a column, or write {{{{}}}} for braces"
         )
-    return {re.split(r"[.\[]", name)[0] for name in names}
+    return sorted({re.split(r"[.\[]", name)[0] for name in names})
 
 
-def _read(task: TaskConfig) -> Dataset:
-    import datasets
+def check_role(role: Any, task: TaskConfig) -> None:
+    """Refuses a role that no conversation has.
 
-    suffix = next((part for part in reversed(Path(task.data).suffixes) if part in READERS), None)
-    if suffix is None:
-        return datasets.load_dataset(task.data, task.subset, split=task.split)
-    files = sorted(glob.glob(str(Path(task.data).expanduser()), recursive=True))
-    if not files:
-        raise FileNotFoundError(f"task {task.name!r}: no file matches {task.data!r}; check the path")
-    options: dict[str, Any] = {}
-    if READERS[suffix] == "csv":
-        # Text stays text: "NA" and "" are answers here, not missing numbers; tab-separated files have no quoting.
-        options = {"keep_default_na": False, "column_names": task.columns}
-        if suffix == ".tsv":
-            options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
-    elif task.columns is not None:
-        raise ValueError(
-            f"task {task.name!r}: columns names the columns of csv and tsv files; remove it for {task.data!r}"
-        )
-    if READERS[suffix] == "json" and task.field is not None:
-        options = {"field": task.field}
-    elif task.field is not None:
-        raise ValueError(f"field is for json files; remove it for {task.data!r}")
-    rows = datasets.load_dataset(READERS[suffix], data_files=files, split=task.split, **options)
-    # The json reader takes bytes that are not UTF-8; without this they would fail at the row, with no name.
-    rows.data.validate(full=True)
-    return rows
-
-
-def _parse(rows: Dataset, task: TaskConfig) -> Dataset:
-    assert task.parse is not None
-    pattern = re.compile(task.parse)
-    if not pattern.groupindex or rows.column_names != ["text"]:
-        raise ValueError(f"task {task.name!r}: parse needs named groups such as (?P<question>.*) and a txt file")
-    bad = [line for line in rows["text"] if not pattern.fullmatch(line)]
-    if bad:
-        raise ValueError(
-            f"task {task.name!r}: {len(bad)} of {len(rows)} lines do not match parse, the first is {bad[0]!r}"
-        )
-    return rows.map(_parsed, fn_kwargs={"pattern": task.parse}, remove_columns="text", load_from_cache_file=False)
-
-
-def _parsed(row: dict[str, Any], pattern: str) -> dict[str, str]:
-    match = re.fullmatch(pattern, row["text"])
-    assert match is not None
-    return match.groupdict()
-
-
-def _replaced(row: dict[str, Any], pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    for old, new in pairs:
-        row = {key: value.replace(old, new) if isinstance(value, str) else value for key, value in row.items()}
-    return row
+    Raises:
+        ValueError: it is none of ``ROLES``.
+    """
+    if role not in ROLES:
+        raise ValueError(f"task {task.name!r}: messages has the role {role!r}; the roles are {', '.join(ROLES)}")

@@ -212,12 +212,18 @@ def data_table(reports: list[Any]) -> Table:
     table = _table("training data", names)
     for r in reports:
         counts = (r.rows, r.used, r.too_long, r.no_label, r.unknown_tokens)
-        table.add_row(r.name, *map(str, counts), *map(_short, (r.tokens, r.label_tokens)), f"{r.probability:.1%}")
+        cells = [*("-" if count is None else str(count) for count in counts), _short(r.tokens), _short(r.label_tokens)]
+        table.add_row(r.name, *cells, f"{r.probability:.1%}")
+    if any(r.used is None for r in reports):
+        table.caption = "-: streamed, so not counted before training"
+        table.caption_justify = "left"
     return table
 
 
-def _short(count: int) -> str:
+def _short(count: int | None) -> str:
     """``1234567`` as ``1.23 M``."""
+    if count is None:
+        return "-"
     if count < 1000:
         return str(count)
     return f"{count / 1e3:.3g} k" if count < 1e6 else f"{count / 1e6:.3g} M" if count < 1e9 else f"{count / 1e9:.3g} B"

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from molora.eval.encode import IGNORED, encode_row
-from molora.eval.tasks import TaskConfig, load_rows
+from molora.eval.rows import load_rows
+from molora.eval.tasks import TaskConfig
 from molora.train.recipe import MixingConfig, SequenceConfig
 
 if TYPE_CHECKING:
@@ -18,18 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskReport:
-    """What became of one task's rows. Nothing is left out without being counted here."""
+    """What became of one task's rows. Nothing is left out without being counted here; ``None`` where it is streamed."""
 
     name: str
-    rows: int
-    used: int
-    too_long: int
+    rows: int | None
+    """Of a streamed task: what mixing takes for its size, if it needs one."""
+    used: int | None = None
+    too_long: int | None = None
     """Rows above the length limit: left out (``report``) or cut (``truncate``)."""
-    no_label: int
+    no_label: int | None = None
     """Rows left out because no token carries loss."""
-    tokens: int
-    label_tokens: int
-    unknown_tokens: int
+    tokens: int | None = None
+    label_tokens: int | None = None
+    unknown_tokens: int | None = None
     """Tokens that are the tokenizer's unknown symbol."""
     probability: float = 0.0
     """Share of the draws."""
@@ -69,7 +71,7 @@ def encode_task(
             f"{max(lengths)}; raise sequence.max_length, or set sequence.too_long to report or truncate"
         )
     if too_long and sequence.too_long == "truncate":
-        encoded = encoded.map(_truncate, fn_kwargs={"limit": limit}, load_from_cache_file=False)
+        encoded = encoded.map(truncate, fn_kwargs={"limit": limit}, load_from_cache_file=False)
     elif too_long:
         encoded = encoded.select([index for index, length in enumerate(lengths) if length <= (limit or length)])
     label_tokens = [sum(label != IGNORED for label in labels) for labels in encoded["labels"]]
@@ -94,7 +96,8 @@ def encode_task(
     return encoded.remove_columns("num_unknown"), report
 
 
-def _truncate(row: dict[str, Any], limit: int) -> dict[str, Any]:
+def truncate(row: dict[str, Any], limit: int | None) -> dict[str, Any]:
+    """The first ``limit`` tokens of a row."""
     return {"input_ids": row["input_ids"][:limit], "labels": row["labels"][:limit]}
 
 
