@@ -50,6 +50,8 @@ def test_a_minimal_recipe_is_accepted() -> None:
         ("tasks__0__promt", r"recipe.tasks\[0\]", "prompt"),
         ("tasks__0__eval__limits", r"recipe.tasks\[0\].eval", "limit"),
         ("mixing__temprature", "recipe.mixing", "temperature"),
+        ("mixing__streming", "recipe.mixing", "streaming"),
+        ("tasks__1__sise", r"recipe.tasks\[1\]", "size"),
         ("sequence__maxlength", "recipe.sequence", "max_length"),
         ("training__learning_rat", "recipe.training", "learning_rate"),
         ("evaluation__befor", "recipe.evaluation", "before"),
@@ -103,10 +105,27 @@ def test_a_lora_value_of_another_type_is_named(key: str, value: Any, message: st
         ("tasks__0__choices", ["one"], "at least two"),
         ("tasks__0__choices", [True, False], r"must be of type str, got True; put quotes"),
         ("tasks__0__eval__metric", "choice", "metric 'choice' needs choices"),
-        ("tasks__0__eval__metric", "f1", "must be one of 'exact_match', 'choice', got 'f1'"),
+        ("tasks__0__eval__metric", "f1", "must be one of 'exact_match', 'number', 'rouge_l', 'choice', got 'f1'"),
         ("mixture__preset", "mixlra", "did you mean 'mixlora'"),
         ("lora", {"r": 4}, "exactly one of the sections mixture and lora"),
         ("mixing__strategy", "temperature", "temperature=None"),
+        (
+            "tasks__1__messages",
+            [{"role": "bot", "content": "x"}],
+            "task 'chat': messages has the role 'bot'; the roles",
+        ),
+        (
+            "tasks__1__messages",
+            [{"role": "user", "content": 5}],
+            r"messages\[0\].content must be of type str, got 5",
+        ),
+        (
+            "mixing__streaming",
+            True,
+            "mixing.streaming needs recipe.training.max_steps, because a stream has no end",
+        ),
+        ("mixing__buffer_size", 0, "mixing: buffer_size=0 must be at least 1"),
+        ("tasks__1__size", 10, "task 'chat': size=10 is for mixing.streaming; remove it, the rows are counted"),
         ("mixing__temperature", 2.0, "'proportional' with temperature=2.0"),
         ("sequence__packing", True, "packing is not implemented"),
         ("sequence__max_length", 1, "at least 2"),
@@ -216,9 +235,19 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
 
 
 def test_the_resolved_recipe_reads_back(tmp_path: Path) -> None:
-    recipe = build_recipe(training__learning_rate=2e-4, tasks__0__choices={"1": "yes", "0": "no"})
+    turns = [{"role": "user", "content": "{q}"}, {"role": "assistant", "content": "{a}"}]
+    changes = {"tasks__0__choices": {"1": "yes", "0": "no"}, "tasks__1__messages": turns, "tasks__1__size": 5}
+    streamed = {"mixing__streaming": True, "training__max_steps": 3}
+    recipe = build_recipe(training__learning_rate=2e-4, **changes, **streamed)
     (tmp_path / "resolved.yaml").write_text(recipe_yaml(recipe))
     assert read_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+@pytest.mark.parametrize("name", ["instruct.yaml", "instruct_local.yaml"])
+def test_the_recipes_for_instructions_read(name: str) -> None:
+    recipe = read_recipe(Path(__file__).parents[1] / "recipes" / name)
+    assert (recipe.mixing.streaming, recipe.mixing.strategy, recipe.mixture["num_experts"]) == (True, "temperature", 8)
+    assert {"number", "rouge_l"} == {task.metric for task in recipe.tasks if task.eval}
 
 
 def test_a_recipe_is_a_suite(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from molora.eval.strict import apply_overrides, build, read_yaml
 from molora.eval.suite import Suite
 from molora.eval.tasks import TaskConfig
 from molora.suggest import unknown_key_message
-from molora.train.settings import check_lora, check_training
+from molora.train.settings import check_lora, check_streaming, check_training
 
 SCHEMA = "molora.recipe/1"
 
@@ -36,6 +36,10 @@ class MixingConfig:
     temperature: float | None = None
     """Above 0; required by ``temperature``, refused by the others."""
     seed: int = 0
+    streaming: bool = False
+    """Read rows while training goes on, instead of all of them before it; an epoch then has no end."""
+    buffer_size: int = 1000
+    """Rows of each task from which a stream draws the next one."""
 
     def __post_init__(self) -> None:
         if (self.strategy == "temperature") != (self.temperature is not None):
@@ -47,6 +51,8 @@ class MixingConfig:
             raise ValueError(f"mixing: seed={self.seed} must be at least 0")
         if self.temperature is not None and self.temperature <= 0:
             raise ValueError(f"mixing: temperature={self.temperature} must be above 0")
+        if self.buffer_size < 1:
+            raise ValueError(f"mixing: buffer_size={self.buffer_size} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +114,19 @@ class Recipe:
         if len(set(names)) < len(names):
             raise ValueError(f"recipe: two tasks have the same name (tasks: {', '.join(names)}); rename one")
         check_training(self.training)
+        if self.mixing.streaming:
+            check_streaming(self.training)
+        for task in self.tasks:
+            # A slice or a sum of splits needs all rows.
+            if self.mixing.streaming and any(symbol in task.split for symbol in "[+"):
+                raise ValueError(
+                    f"task {task.name!r}: mixing.streaming reads a whole split, not {task.split!r}; set split to one "
+                    "name and limit to the rows to train on"
+                )
+            if task.size is not None and not self.mixing.streaming:
+                raise ValueError(
+                    f"task {task.name!r}: size={task.size} is for mixing.streaming; remove it, the rows are counted"
+                )
         adapter_config(self)
 
     @property

@@ -35,6 +35,7 @@ from molora.train.output import (
 )
 from molora.train.recipe import Recipe, adapter_config, recipe_yaml
 from molora.train.routing_log import RoutingLog
+from molora.train.streaming import MixedStream, mixed_stream
 from molora.train.task_loss import TaskLosses
 
 EXAMPLES = 64
@@ -48,7 +49,8 @@ def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, li
     are scored.
 
     Returns:
-        The PEFT model, its tokenizer, the mixed training set (``datasets.Dataset``) and one report per task.
+        The PEFT model, its tokenizer, the mixed training set (``datasets.Dataset`` or
+        :class:`molora.train.streaming.MixedStream`) and one report per task.
 
     Raises:
         ValueError: a setting, a task or its evaluation that cannot run.
@@ -73,7 +75,8 @@ def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, li
             "expert of a centroid router; set mixture.num_experts to it"
         )
     labels = task_labels(recipe, config)
-    rows, reports = mixed_dataset(recipe.tasks, tokenizer, recipe.mixing, recipe.sequence, limit, labels)
+    mix = mixed_stream if recipe.mixing.streaming else mixed_dataset
+    rows, reports = mix(recipe.tasks, tokenizer, recipe.mixing, recipe.sequence, limit, labels)
     set_seed(seed)
     model = get_peft_model(base, config)
     if isinstance(getattr(config, "router", None), Centroid):
@@ -108,7 +111,7 @@ def fewest(num_experts: int | list[int]) -> int:
 def example_texts(rows: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
     """The texts of each task's first training rows, for centroids: one expert for each task."""
     texts: dict[int, list[str]] = {}
-    for row in rows.select_columns(["input_ids", "task"]):
+    for row in rows.first(EXAMPLES) if isinstance(rows, MixedStream) else rows.select_columns(["input_ids", "task"]):
         own = texts.setdefault(row["task"], [])
         if len(own) < EXAMPLES:
             own.append(tokenizer.decode(row["input_ids"], skip_special_tokens=True))
@@ -127,8 +130,12 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "logging_first_step": True,
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
+    streamed: dict[str, Any] = {}
+    if recipe.mixing.streaming:
+        # Each process reads its own rows: one that dispatches would join batches that are padded to other lengths.
+        streamed["accelerator_config"] = (recipe.training.get("accelerator_config") or {}) | {"dispatch_batches": False}
     try:
-        return TrainingArguments(**defaults | recipe.training, remove_unused_columns=False)
+        return TrainingArguments(**defaults | recipe.training | streamed, remove_unused_columns=False)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"recipe.training: {error}") from error
 

@@ -67,6 +67,35 @@ def check_training(training: dict[str, Any]) -> None:
         raise ValueError("recipe.training.output_dir is empty; give the directory for checkpoints and the adapter")
 
 
+def check_streaming(training: dict[str, Any]) -> None:
+    """Refuses what a stream, which has no length and no end, cannot serve.
+
+    Raises:
+        ValueError: one sentence that names the key.
+    """
+    if training.get("max_steps") in (None, -1):
+        raise ValueError("mixing.streaming needs recipe.training.max_steps, because a stream has no end; set it")
+    sampling = training.get("train_sampling_strategy")
+    if sampling not in (None, "random"):
+        raise ValueError(
+            f"recipe.training.train_sampling_strategy={sampling!r} needs all rows at once, which mixing.streaming does "
+            "not have; remove one of the two"
+        )
+    if (training.get("dataloader_num_workers") or 0) > 1:
+        raise ValueError(
+            f"recipe.training.dataloader_num_workers={training['dataloader_num_workers']}: each worker would read the "
+            "same stream; set it to 0 or 1 with mixing.streaming"
+        )
+    accelerator = training.get("accelerator_config")
+    if accelerator is not None and not isinstance(accelerator, dict):
+        raise ValueError("recipe.training.accelerator_config must be a mapping of keys with mixing.streaming")
+    if (accelerator or {}).get("dispatch_batches"):
+        raise ValueError(
+            "recipe.training.accelerator_config.dispatch_batches=true would join batches of different lengths; remove "
+            "it, with mixing.streaming each process reads its own rows"
+        )
+
+
 def check_lora(keys: dict[str, Any]) -> None:
     """Checks keys and the types of plain values of peft.LoraConfig, which fails at some far later.
 
