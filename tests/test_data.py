@@ -142,6 +142,7 @@ def test_too_long_rows_are_counted_cut_or_refused(file: str) -> None:
         ({"data": "none.jsonl"}, FileNotFoundError, "task 'sums': no file matches 'none.jsonl'"),
         ({"prompt": "{question}:"}, ValueError, "task 'sums' needs the column 'question', but .* has q, a"),
         ({"choices": ["{x}", "{y}"]}, ValueError, "needs the column 'x'"),
+        ({"split": "train[:0]"}, ValueError, r"'sums' cannot be read .* .split 'train\[:0\]'.: .* no data"),
         ({"prompt": "{}:"}, ValueError, "an empty {} in a template"),
         ({"columns": ["q"]}, ValueError, "columns names the columns of csv and tsv files"),
         ({"parse": "(?P<q>.*)"}, ValueError, "parse needs named groups .* and a txt file"),

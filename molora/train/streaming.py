@@ -26,8 +26,8 @@ class MixedStream(TorchIterableDataset[dict[str, Any]]):
     """Rows of every task, drawn by ``shares``, pass after pass without end.
 
     A pass ends when every row of every task has come at least once; the next one is shuffled with the next seed. The
-    order is a function of the seed alone, and to the trainer it is one epoch, so that a run resumes by skipping the
-    batches that it has seen.
+    order is a function of the seed and of whether a worker process reads the rows (datasets shifts a worker's seed). To
+    the trainer it is one epoch, so that a run resumes by skipping the batches that it has seen.
 
     Args:
         tasks: the encoded rows of each task.
