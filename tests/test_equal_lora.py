@@ -43,7 +43,7 @@ def test_every_preset(name: str) -> None:
     "options",
     [
         {"share_A": True},
-        {"num_experts": [2, 3]},
+        {"num_experts": [2, 3], "router": {"top_k": 1, "balance_pool": "layer"}},
         {"placement": "ffn", "exclude_modules": ["gate_proj"], "plain_lora": {"target_modules": "all-linear", "r": 3}},
         {"placement": "ffn", "exclude_modules": ["gate_proj", "up_proj"]},
         {"rank_pattern": {"q_proj": 7}},
