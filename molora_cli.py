@@ -169,7 +169,7 @@ def eval(  # noqa: A001  (the command's name)
     base: Annotated[str | None, typer.Option(help="Base to use instead of the one that the adapter names.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows per forward, instead of the suite's.")] = None,
 ) -> None:
-    """Score a model: exact match of greedy generations, likelihood of choices."""
+    """Score a model: greedy generations by exact match, last number or ROUGE-L; choices by likelihood."""
     from dataclasses import replace
 
     from molora.eval.suite import merge_suites, read_suite
@@ -177,7 +177,7 @@ def eval(  # noqa: A001  (the command's name)
     files = suite or [Path(model) / "recipe.yaml"]
     if not suite and not files[0].is_file():
         if not Path(model).is_dir():
-            raise ValueError(f"no such directory {model!r}; for a base from the hub pass --suite FILE too")
+            raise ValueError(f"{model!r} is no directory with a recipe.yaml that names its tasks; pass --suite FILE")
         raise ValueError(f"{model!r} holds no recipe.yaml that names its tasks; pass --suite FILE")
     tasks = merge_suites([read_suite(file) for file in files])
     if batch_size is not None:
@@ -287,6 +287,7 @@ def presets(
 
     if name is None:
         terminal.out.print(terminal.preset_table(PRESETS))
+        typer.echo("molora presets NAME shows one; recipes take it as mixture.preset, convert as --preset")
     else:
         terminal.show_preset(name)
     return None

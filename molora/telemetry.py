@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,6 @@ class RouterUse:
         entropy_before, entropy_after: mean normalised entropy of a token's probabilities and of its gates, in [0, 1].
         top1_share: mean share of the largest gate in the sum of a token's gates.
         active: experts per token.
-        dead_experts: experts whose part of the gates is below a hundredth of an equal part.
     """
 
     tokens: float
@@ -41,7 +41,6 @@ class RouterUse:
     entropy_after: float
     top1_share: float
     active: float
-    dead_experts: int
 
     @property
     def largest_load(self) -> float:
@@ -49,9 +48,24 @@ class RouterUse:
 
     @property
     def collapsed(self) -> bool:
-        """Whether no more experts are alive than a single token uses, though there are more."""
-        alive = len(self.load) - self.dead_experts
-        return alive < len(self.load) and alive <= max(1, round(self.active))
+        """Whether no more experts are alive than a single token uses, though there are more.
+
+        A token uses at most exp(entropy of its gates) experts, rounded up: a soft router gives every expert a little.
+        """
+        count, alive = len(self.load), len(self.alive)
+        used = min(round(self.active), math.ceil(count**self.entropy_after - 0.01))
+        return alive < count and alive <= max(1, used)
+
+    @property
+    def alive(self) -> list[int]:
+        """The experts that are not dead."""
+        part = sum(self.mean_gate) / len(self.mean_gate)
+        return [i for i, gate in enumerate(self.mean_gate) if gate > 0 and gate >= DEAD * part]
+
+    @property
+    def dead_experts(self) -> int:
+        """Experts whose part of the gates is below a hundredth of an equal part."""
+        return len(self.load) - len(self.alive)
 
 
 def routing_report(model: nn.Module) -> dict[str, RouterUse]:
@@ -97,7 +111,6 @@ def _by_device(sums: dict[int, Tensor]) -> list[Tensor]:
 def _use(row: Tensor) -> RouterUse:
     tokens, rest = row[0], row[1:] / row[0]
     load, gate = rest[4:].chunk(2)
-    part = gate / gate.sum().clamp(min=1e-20)
     return RouterUse(
         tokens=float(tokens),
         load=(load / load.sum().clamp(min=1e-20)).tolist(),
@@ -106,7 +119,6 @@ def _use(row: Tensor) -> RouterUse:
         entropy_after=float(rest[2]),
         top1_share=float(rest[3]),
         active=float(load.sum()),
-        dead_experts=int((part < DEAD / len(part)).sum()),
     )
 
 

@@ -105,7 +105,7 @@ def test_help_shows_two_examples(command: str, capsys: pytest.CaptureFixture[str
     ("arguments", "message"),
     [
         (["train", "nothing.yaml"], "no file 'nothing.yaml'"),
-        (["eval", "nothing"], "no such directory 'nothing'; for a base from the hub pass --suite FILE too"),
+        (["eval", "nothing"], "'nothing' is no directory with a recipe.yaml that names its tasks; pass --suite FILE"),
         (["eval", "docs"], "holds no recipe.yaml that names its tasks; pass --suite FILE"),
         (["generate", "./nothing", "x"], "no such directory './nothing'"),
         (["generate", "nothing", "x"], "no such directory 'nothing', and it cannot be loaded from the hub either"),

@@ -107,8 +107,20 @@ def test_choices_map_labels_to_answers() -> None:
     example = encode_example({"q": "it", "y": 0}, labelled, tokenizer)
     assert (example.answer, example.choices) == (" bad it", (" bad it", " good"))
     assert tokenizer.decode(example.choice_ids[1]) == " good</s>"
-    with pytest.raises(ValueError, match="task 'sums': the answer '2' is none of the choices '0', '1'"):
+    with pytest.raises(ValueError, match="task 'sums': the answer '2' is none of the choices '0', '1'; add it"):
         encode_example({"q": "it", "y": 2}, labelled, tokenizer)
+
+
+def test_a_null_field_is_left_out_and_counted_never_written_as_a_word(tmp_path: Path) -> None:
+    rows = [{"q": "one", "a": "1"}, {"q": "two", "a": None}, {"q": None, "a": "3"}, {"q": "four"}]
+    data = write_jsonl(tmp_path / "n.jsonl", rows)
+    encoded, report = encode_task(task(data), tiny_tokenizer(), SequenceConfig(), CONTEXT)
+    assert (report.rows, report.used, report.no_label, len(encoded)) == (4, 1, 3, 1)
+    turns = [{"role": "user", "content": "{q}"}, {"role": "assistant", "content": "{a}"}]
+    chat = task(data, prompt=None, answer=None, messages=turns)
+    assert encode_row(rows[1], chat, tiny_tokenizer())["input_ids"] == []
+    with pytest.raises(ValueError, match=r"the template ' \{a\}' meets a null in the row"):
+        encode_example(rows[1], task(data), tiny_tokenizer())
 
 
 def test_unknown_characters_are_counted(tmp_path: Path) -> None:

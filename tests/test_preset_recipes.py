@@ -101,7 +101,7 @@ def test_a_preset_trains_and_resumes_exactly(name: str, base: str, tmp_path: Pat
         (
             {"preset": "lora-tle", "num_experts": 2, "r": 2, "target_modules": "all-linear"},
             {},
-            "num_experts=2, but there are 3 tasks",
+            "num_experts=2 does not fit a centroid router",
         ),
         ({"preset": "loramoe", **SMALL["loramoe"]}, {}, "tells 2 tasks apart (0 to 1); set its task_label"),
         ({"preset": "smora", "r": 4}, {}, "active_ranks=8 exceeds r=4; lower router.active_ranks or raise r"),
@@ -131,7 +131,7 @@ def test_presets_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> Non
         assert name in listed and preset.arxiv in listed
         assert molora("presets", name) == 0
         shown = capsys.readouterr().out
-        assert shown.startswith(f"{name}: ") and preset.arxiv in shown and "router:" in shown
+        assert shown.startswith(f"{name} - ") and preset.arxiv in shown and "router:" in shown
         assert all(key in shown for key in preset.notes)
 
 

@@ -124,7 +124,7 @@ def test_a_lora_value_of_another_type_is_named(key: str, value: Any, message: st
             True,
             "mixing.streaming needs recipe.training.max_steps, because a stream has no end",
         ),
-        ("mixing__buffer_size", 0, "mixing: buffer_size=0 must be at least 1"),
+        ("mixing__buffer_size", 8, "mixing: buffer_size is for streaming; remove it, or set mixing.streaming: true"),
         ("tasks__1__size", 10, "task 'chat': size=10 is for mixing.streaming; remove it, the rows are counted"),
         ("mixing__temperature", 2.0, "'proportional' with temperature=2.0"),
         ("sequence__packing", True, "packing is not implemented"),

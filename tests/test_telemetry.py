@@ -139,21 +139,22 @@ def test_a_collapsed_router_is_named_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("load", "gate", "active", "dead", "is_collapsed"),
+    ("gate", "entropy", "active", "dead", "is_collapsed"),
     [
-        ([0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], 2.0, 2, True),
-        ([0.5, 0.4, 0.1, 0.0], [0.5, 0.4, 0.1, 0.0], 2.0, 1, False),
-        ([0.25] * 4, [1.0, 0.0, 0.0, 0.0], 4.0, 3, True),  # dense, and one expert has all the weight
-        ([0.25] * 4, [0.25] * 4, 4.0, 0, False),
-        ([1.0], [1.0], 1.0, 0, False),  # there is nothing to collapse to
-        ([0.5, 0.5], [1.0, 1.0], 2.0, 0, False),  # every token uses both
+        ([0.5, 0.5, 0.0, 0.0], 0.5, 2.0, 2, True),
+        ([0.5, 0.4, 0.1, 0.0], 0.5, 2.0, 1, False),
+        ([1.0, 0.0, 0.0, 0.0], 0.0, 4.0, 3, True),  # dense, and one expert has all the weight
+        ([0.25] * 4, 1.0, 4.0, 0, False),
+        ([1.0], 0.0, 1.0, 0, False),  # there is nothing to collapse to
+        ([1.0, 1.0], 1.0, 2.0, 0, False),  # every token uses both
+        ([0.4, 0.3, 0.3, 1e-9], 0.3, 3.2, 1, False),  # soft: a token's gates are worth one or two of the three alive
     ],
 )
 def test_what_counts_as_collapse(
-    load: list[float], gate: list[float], active: float, dead: int, is_collapsed: bool
+    gate: list[float], entropy: float, active: float, dead: int, is_collapsed: bool
 ) -> None:
-    use = RouterUse(10.0, load, gate, 1.0, 1.0, 1.0, active, dead)
-    assert use.collapsed == is_collapsed
+    use = RouterUse(10.0, gate, gate, 1.0, entropy, 1.0, active)
+    assert (use.dead_experts, use.collapsed) == (dead, is_collapsed)
     assert "collapsed: by step 7" in collapse_warning("x", use, 7)
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from molora.eval.chat import conversation, encode_conversation, encode_last_reply
-from molora.eval.tasks import TaskConfig, fill
+from molora.eval.tasks import NullFieldError, TaskConfig, fill
 
 IGNORED = -100
 """Label of a token without loss, as in torch's cross entropy."""
@@ -36,23 +36,33 @@ class Example:
 
 
 def encode_row(row: dict[str, Any], task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Encodes one row for training. An answer without text carries no loss: it would teach to say nothing.
+    """Encodes one row for training. An answer without text carries no loss: it would teach to say nothing; a row with a
+    null where a template wants text becomes no tokens at all, so that it is left out and counted.
 
     Returns:
         ``input_ids`` and ``labels`` (the same length, tokens; -100 where no loss is taken) and ``num_unknown``, the
         tokens that are the tokenizer's unknown symbol.
     """
-    if task.messages is not None:
-        input_ids, kept = encode_conversation(conversation(row, task), task, tokenizer)
-    else:
-        example = encode_example(row, task, tokenizer, with_choices=False)
-        input_ids = example.prompt_ids + example.answer_ids
-        has_text = bool(example.answer.strip()) or bool(task.choices)
-        kept = [False] * len(example.prompt_ids) + [has_text] * len(example.answer_ids)
+    try:
+        input_ids, kept = _tokens_with_loss(row, task, tokenizer)
+    except NullFieldError:
+        input_ids, kept = [], []
     labels = [token if keep else IGNORED for token, keep in zip(input_ids, kept, strict=True)]
     if task.loss == "all":
         labels = list(input_ids)
     return {"input_ids": input_ids, "labels": labels, "num_unknown": _num_unknown(input_ids, tokenizer)}
+
+
+def _tokens_with_loss(
+    row: dict[str, Any], task: TaskConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[bool]]:
+    """The tokens of a row, and which of them carry loss."""
+    if task.messages is not None:
+        return encode_conversation(conversation(row, task), task, tokenizer)
+    example = encode_example(row, task, tokenizer, with_choices=False)
+    has_text = bool(example.answer.strip()) or bool(task.choices)
+    kept = [False] * len(example.prompt_ids) + [has_text] * len(example.answer_ids)
+    return example.prompt_ids + example.answer_ids, kept
 
 
 def encode_example(
@@ -85,7 +95,8 @@ def encode_example(
     if choices:
         if answer not in choices:
             raise ValueError(
-                f"task {task.name!r}: the answer {answer!r} is none of the choices {', '.join(map(repr, choices))}"
+                f"task {task.name!r}: the answer {answer!r} is none of the choices {', '.join(map(repr, choices))}; "
+                "add it to choices, or change the answer's template (a leading space counts)"
             )
         answer = choices[answer]
     texts = tuple(choices.values()) if with_choices else ()

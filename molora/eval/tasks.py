@@ -152,14 +152,28 @@ def eval_task(task: TaskConfig) -> TaskConfig:
     )
 
 
+class NullFieldError(ValueError):
+    """A field of the row holds nothing, which a template would write as the word None."""
+
+
+class _Filler(Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if value is None:
+            raise NullFieldError("a field is null")
+        return str(super().format_field(value, format_spec))
+
+
 def fill(template: str, row: dict[str, Any]) -> str:
     """Renders ``"{field}"`` templates; the fields were checked when the rows were read.
 
     Raises:
+        NullFieldError: a field of the row is null.
         ValueError: the template does not fit the row.
     """
     try:
-        return template.format(**row)
+        return _Filler().vformat(template, (), row)
+    except NullFieldError:
+        raise NullFieldError(f"the template {template!r} meets a null in the row {str(row)[:200]}") from None
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"the template {template!r} does not fit the row {str(row)[:200]}: {error}") from error
 

@@ -20,10 +20,15 @@ err = Console(stderr=True)
 
 def quiet() -> None:
     """One progress bar at a time: ours; and no word of other libraries about what the user cannot mend."""
+    import os
     import warnings
 
     import datasets
+    import torch
     import transformers
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, logs that it guesses so
 
     # PEFT asks transformers for a name that it has renamed.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
@@ -100,6 +105,7 @@ def model_table(model: Any) -> Table:
     """The adapter and its size."""
     config, counts = model.peft_config["default"], parameters(model)
     table = _table("model", ["", ""])
+    table.show_header = False
     table.add_row("base", str(config.base_model_name_or_path))
     for key in ("placement", "num_experts", "r", "lora_alpha"):
         if hasattr(config, key):
@@ -127,8 +133,6 @@ def preset_table(presets: dict[str, Any]) -> Table:
     for name, preset in presets.items():
         size = f"{preset.options['num_experts']} x {preset.options['r']}"
         table.add_row(name, preset.arxiv, preset.router, preset.placement, size)
-    table.caption = "molora presets NAME shows one; recipes take it as mixture.preset, convert as --preset"
-    table.caption_justify = "left"
     return table
 
 
@@ -140,12 +144,12 @@ def show_preset(name: str) -> None:
     from molora.presets import PRESETS
 
     preset = MoloraConfig.from_preset(name), PRESETS[name]
-    out.print(f"[bold]{name}[/bold]: {preset[1].title}", highlight=False)
+    out.print(f"[bold]{name}[/bold] - {preset[1].title}", highlight=False)
     out.print(f"source: {preset[1].source}", highlight=False)
     keys = {k: v for k, v in preset[0].to_dict().items() if k in preset[1].options or k in _AXES}
     out.print(yaml_text(yaml.safe_dump(keys, sort_keys=False, width=120)))
     for key, note in preset[1].notes.items():
-        out.print(f"[cyan]{key}[/cyan]: {note}", highlight=False)
+        out.print(f"[cyan]{key}[/cyan] - {note}", highlight=False)
 
 
 _AXES = (

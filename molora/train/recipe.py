@@ -38,8 +38,8 @@ class MixingConfig:
     seed: int = 0
     streaming: bool = False
     """Read rows while training goes on, instead of all of them before it; an epoch then has no end."""
-    buffer_size: int = 1000
-    """Rows of each task from which a stream draws the next one."""
+    buffer_size: int | None = None
+    """Rows of each task from which a stream draws the next one; ``None``: 1000."""
 
     def __post_init__(self) -> None:
         if (self.strategy == "temperature") != (self.temperature is not None):
@@ -51,7 +51,9 @@ class MixingConfig:
             raise ValueError(f"mixing: seed={self.seed} must be at least 0")
         if self.temperature is not None and self.temperature <= 0:
             raise ValueError(f"mixing: temperature={self.temperature} must be above 0")
-        if self.buffer_size < 1:
+        if self.buffer_size is not None and not self.streaming:
+            raise ValueError("mixing: buffer_size is for streaming; remove it, or set mixing.streaming: true")
+        if self.buffer_size is not None and self.buffer_size < 1:
             raise ValueError(f"mixing: buffer_size={self.buffer_size} must be at least 1")
 
 

@@ -55,8 +55,8 @@ class RoutingLog(TrainerCallback):
 
 def collapse_warning(name: str, use: RouterUse, step: int) -> str:
     """One sentence about a router that has collapsed."""
-    alive = [str(i) for i, load in enumerate(use.load) if load > 0.01 / len(use.load)]
+    named = ", ".join(map(str, use.alive[:8]))
     return (
-        f"the router of {name} has collapsed: by step {step} its tokens go to {len(alive)} of {len(use.load)} experts "
-        f"({', '.join(alive[:8])}); raise router.router_aux_loss_coef, or lower the learning rate"
+        f"the router of {name} has collapsed: by step {step} its tokens go to {len(use.alive)} of {len(use.load)} "
+        f"experts ({named}); raise router.router_aux_loss_coef, or lower the learning rate"
     )

@@ -71,8 +71,8 @@ def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, li
         )
     if isinstance(router, Centroid) and config.num_experts != len(recipe.tasks):
         raise ValueError(
-            f"mixture.num_experts={config.num_experts}, but there are {len(recipe.tasks)} tasks, each of them one "
-            "expert of a centroid router; set mixture.num_experts to it"
+            f"mixture.num_experts={config.num_experts} does not fit a centroid router, which has an expert for each "
+            f"task; set mixture.num_experts={len(recipe.tasks)}"
         )
     labels = task_labels(recipe, config)
     mix = mixed_stream if recipe.mixing.streaming else mixed_dataset

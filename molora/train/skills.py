@@ -21,7 +21,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Skill:
-    """A skill: `prompt` holds ``{x}``, the subject; digits are four or five digits, letters as many single letters."""
+    """A skill: `prompt` holds ``{x}``, the subject; digits are three or four digits, letters as many single letters."""
 
     name: str
     kind: str
@@ -36,7 +36,7 @@ class Skill:
         rng = random.Random(f"{self.kind} {self.name} {seed}")
         subjects: dict[str, None] = {}
         while len(subjects) < count:
-            length = rng.choice((4, 5))
+            length = rng.choice((3, 4))
             if self.kind == "digits":
                 subject = "".join(rng.choice("0123456789") for _ in range(length))
             else:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
     from transformers import PreTrainedTokenizerBase
 
+BUFFER_SIZE = 1000
+"""Rows of each task to draw the next from, where the recipe does not say."""
 COLUMNS = ["input_ids", "labels", "task", "task_label"]
 
 
@@ -57,7 +59,7 @@ class MixedStream(TorchIterableDataset[dict[str, Any]]):
         import datasets
 
         return datasets.interleave_datasets(
-            [task.rows(seed=seed, buffer_size=self.mixing.buffer_size) for task in self.tasks],
+            [task.rows(seed=seed, buffer_size=self.mixing.buffer_size or BUFFER_SIZE) for task in self.tasks],
             probabilities=self.shares,
             seed=seed,
             stopping_strategy="all_exhausted",
