@@ -189,7 +189,8 @@ def show_quickstart(results: dict[str, Any], folder: Any) -> None:
     )
     if average["mixture"] < average["lora"]:
         out.print(
-            f"In this short run the mixture is {average['lora'] - average['mixture']:.1%} behind one LoRA.",
+            f"In this short run the mixture is {average['lora'] - average['mixture']:.1%} behind one LoRA: its experts "
+            "learn from a part of the tokens each, and want more steps (docs/results.md has runs of twice the length).",
             highlight=False,
         )
     text = Text()

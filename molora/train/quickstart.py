@@ -210,7 +210,7 @@ def _recipe(
         "training": {
             "output_dir": str(folder),
             "max_steps": steps,
-            "per_device_train_batch_size": 32,
+            "per_device_train_batch_size": 24,
             "learning_rate": 5e-3,
             "lr_scheduler_type": "linear",
             "warmup_steps": 10,
