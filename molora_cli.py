@@ -253,7 +253,7 @@ def quickstart(
     ),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the data, the weights and the order.")] = 0,
 ) -> None:
-    """Teach the embedded base eight skills, by one LoRA and by a mixture of as many parameters; about three minutes."""
+    """Teach the embedded base eight skills, by one LoRA and by a mixture of no more parameters; about three minutes."""
     from molora.eval import terminal
     from molora.eval.disk import check_directory
 

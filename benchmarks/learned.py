@@ -26,6 +26,7 @@ from typing import Any
 SYSTEMS = ("lora", "mixlora", "dynmole", "smora")
 RANK = 32
 PERMUTED = "-permuted"
+KEPT = ("commit", "versions", "device", "seed", "parameters", "section", "tasks", "average", "run")
 
 
 def adapter(system: str, base: str) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
                 f"{entry['value']:.1%}{star}" + (f" ({control['tasks'][task]['value']:.1%})" if control else "")
             )
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
-    count = (f"{runs[name]['model']['parameters']['trainable']:,}" for name in systems)
+    count = (f"{runs[name]['parameters']['trainable']:,}" for name in systems)
     return "\n".join([*lines, "| trainable parameters | - | " + " | ".join(count) + " |"])
 
 
@@ -164,8 +165,12 @@ def main() -> None:
     if missing:
         sys.exit(f"no results of {', '.join(missing)}; call again for the rest")
     result = Path(__file__).parent / "results" / f"{Path(options.recipe).stem}.json"
-    result.write_text(json.dumps({"command": sys.argv, "runs": runs}, indent=1) + "\n", encoding="utf-8")
-    print(table(runs))
+    for entry in runs.values():
+        entry["parameters"] = entry.pop("model")["parameters"]
+    kept = {name: {key: entry[key] for key in KEPT} for name, entry in runs.items()}
+    command = ["benchmarks/learned.py", options.recipe, *options.overrides]
+    result.write_text(json.dumps({"command": command, "runs": kept}, indent=1) + "\n", encoding="utf-8")
+    print(table(kept))
 
 
 if __name__ == "__main__":

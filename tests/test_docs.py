@@ -90,10 +90,6 @@ def short_run(arguments: list[str]) -> list[str]:
         extra.append(f"tasks.{index}.limit=48")
         if "eval" in task:
             extra += [f"tasks.{index}.eval.limit=2", f"tasks.{index}.eval.max_new_tokens=4"]
-    # The page shows two ways to run a recipe one below the other; the second needs a directory of its own.
-    changed = any(a.startswith("training.max_steps=") for a in arguments)
-    if changed and not any(a.startswith("training.output_dir=") for a in arguments):
-        extra.append("training.output_dir=runs/changed")
     return extra
 
 
@@ -131,7 +127,7 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
     r"cd molora$": ("the clone is not there", lambda command: None),
     r"pip install ": ("changes the environment", is_extra),
     r"make ": ("makes an environment first", is_target),
-    r"python benchmarks/": ("takes minutes", is_script),
+    r"python (benchmarks|recipes)/": ("takes minutes, or wants data that the repository does not have", is_script),
 }
 # Recipes on the data folder, which is not part of the repository; the runs they make bear their names.
 NEEDS_DATA = [path.stem for path in (ROOT / "recipes").glob("*.yaml") if "MOLORA_DATA" in path.read_text("utf-8")]

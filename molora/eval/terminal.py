@@ -188,9 +188,11 @@ def show_quickstart(results: dict[str, Any], folder: Any) -> None:
         highlight=False,
     )
     if average["mixture"] < average["lora"]:
+        behind = 100 * (average["lora"] - average["mixture"])
         out.print(
-            f"In this short run the mixture is {average['lora'] - average['mixture']:.1%} behind one LoRA: its experts "
-            "learn from a part of the tokens each, and want more steps (docs/results.md has runs of twice the length).",
+            f"In this short run the mixture is {behind:.1f} points behind one LoRA: each of its experts learns from a "
+            "part of the tokens, so it converges later. Seeds differ by several points, and after twice the steps both "
+            "are level (docs/results.md).",
             highlight=False,
         )
     text = Text()

@@ -1,4 +1,4 @@
-"""`molora quickstart`: the embedded base learns eight skills by one LoRA and by a mixture of as many parameters."""
+"""`molora quickstart`: the embedded base learns eight skills by one LoRA and by a mixture of no more parameters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MIXTURE = {
     # mixture is behind one LoRA after as few steps as this (docs/results.md).
     "router": {"name": "tsallis", "norm_topk_prob": True, "init_std": 1e-3},
 }
-TRAIN_ROWS, TEST_ROWS, CHAIN_ROWS, STEPS = 1200, 40, 10, 250
+TRAIN_ROWS, TEST_ROWS, CHAIN_ROWS, STEPS = 1200, 40, 10, 310
 
 
 def write_tasks(folder: Path, seed: int) -> list[dict[str, Any]]:

@@ -1,0 +1,110 @@
+"""Writes the tables of README.md and docs/results.md from the files in results/, so that no figure is typed.
+
+    python benchmarks/tables.py
+
+A page names a table by the comment ``<!-- table: NAME -->``; what follows, up to ``<!-- end -->``, is written anew. A
+test holds the pages to what this writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from learned import table as learned_table
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+SEEDS = (0, 1, 2)
+COLUMNS = {"base": "base", "lora": "one LoRA", "mixture": "mixture"}
+
+
+def read(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def rows(*lines: list[str]) -> str:
+    """A Markdown table; the first line is its head."""
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
+
+
+def quickstart_seed(results: dict[str, Any]) -> list[list[str]]:
+    """The columns of one run: tasks, their average, chains."""
+    average = results["average"]
+    tasks = [[f"{row[column]:.0%}" for column in COLUMNS] for row in results["tasks"].values()]
+    chains = ["-", *(f"{results['composite']['average'][column]:.1%}" for column in ("lora", "mixture"))]
+    return [*tasks, [f"**{average[column]:.1%}**" for column in COLUMNS], chains]
+
+
+def quickstart_names(results: dict[str, Any]) -> list[list[str]]:
+    return [[name] for name in (*results["tasks"], "**average**", "skills in a row, average of six chains")]
+
+
+def over_seeds(runs: list[dict[str, Any]], key: str, column: str) -> str:
+    values = [run["average"] if key == "tasks" else run["composite"]["average"] for run in runs]
+    return f"{mean(value[column] for value in values):.1%}"
+
+
+def quickstart_short() -> str:
+    runs = [read(f"quickstart_seed{seed}") for seed in SEEDS]
+    body = [name + cells for name, cells in zip(quickstart_names(runs[0]), quickstart_seed(runs[0]), strict=True)]
+    all_seeds = ["average over seeds 0, 1 and 2", *(over_seeds(runs, "tasks", column) for column in COLUMNS)]
+    chains = ["their skills in a row", "-", *(over_seeds(runs, "chains", c) for c in ("lora", "mixture"))]
+    return rows(["seed 0", *COLUMNS.values()], *body, all_seeds, chains)
+
+
+def quickstart() -> str:
+    runs = [read(f"quickstart_seed{seed}") for seed in SEEDS]
+    head = ["", *(f"seed {seed}: {name}" for seed in SEEDS for name in COLUMNS.values())]
+    parts = [quickstart_names(runs[0]), *map(quickstart_seed, runs)]
+    body = [[cell for part in line for cell in part] for line in zip(*parts, strict=True)]
+    seconds = ["seconds", *(cell for run in runs for cell in (f"{run['seconds']:.0f}", "", ""))]
+    sizes = [["-", *(f"{run['parameters'][column]:,}" for column in ("lora", "mixture"))] for run in runs]
+    parameters = ["trainable parameters", *(cell for size in sizes for cell in size)]
+    return rows(head, *body, parameters, seconds)
+
+
+def quickstart_means() -> str:
+    runs = [read(f"quickstart_seed{seed}") for seed in SEEDS]
+    tasks = ["eight skills", *(over_seeds(runs, "tasks", column) for column in COLUMNS)]
+    chains = ["skills in a row", "-", *(over_seeds(runs, "chains", c) for c in ("lora", "mixture"))]
+    return rows(["mean of three seeds", *COLUMNS.values()], tasks, chains)
+
+
+def quickstart_variants() -> str:
+    body, results = [], read("quickstart_variants")["rows"]
+    for name in sorted({row["variant"] for row in results}, key=lambda n: ("twice" in n, "LoRA" not in n, n)):
+        own = sorted((row for row in results if row["variant"] == name), key=lambda row: row["seed"])
+        averages = [row["average"] for row in own]
+        cells = [name, str(own[0]["steps"]), ", ".join(f"{average:.1%}" for average in averages)]
+        body.append([*cells, f"{mean(averages):.1%}", f"{mean(row['last_loss'] for row in own):.3f}"])
+    return rows(["", "steps", "average of a seed", "mean", "loss of the last steps, mean"], *body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quickstart-short": quickstart_short,
+    "quickstart": quickstart,
+    "quickstart-means": quickstart_means,
+    "quickstart-variants": quickstart_variants,
+    "separable": lambda: learned_table(read("separable")["runs"]),
+    "commonsense": lambda: learned_table(read("commonsense")["runs"]),
+}
+
+
+def filled(page: str) -> str:
+    """The page with its tables written anew."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
