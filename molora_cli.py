@@ -293,6 +293,30 @@ def presets(
     return None
 
 
+@app.command(epilog=_examples("molora bench", "molora bench linear_all ffn --out runs/bench"))
+def bench(
+    tables: Annotated[list[str] | None, typer.Argument(metavar="[TABLE]...", help="Default: all of them.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory for TABLE-GPU.json.")] = Path("runs/bench"),
+    repeats: Annotated[int, typer.Option(min=1, help="How often each subject is timed.")] = 20,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A toy model, to see it work without a GPU.")] = False,
+) -> None:
+    """Measure what a mixture costs beside its peers on this GPU; what differs from the reference is not timed."""
+    from molora.eval import terminal
+    from molora.eval.disk import check_directory
+
+    check_directory(out, "--out")
+    from molora.bench.run import TABLES, check_tables, run_table
+
+    terminal.quiet()
+    check_tables(tables or [], tiny)
+    with _interruptible():
+        for name in tables or TABLES:
+            with terminal.status(f"measuring {name}"):
+                path, found = run_table(name, out, tiny=tiny, repeats=repeats)
+            terminal.out.print(terminal.bench_table(name, found))
+            terminal.out.print(f"{path}", highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Runs the command line; what the user can mend ends in one red sentence on standard error and exit code 2."""
     try:

@@ -251,3 +251,17 @@ def score_table(tasks: dict[str, Any], before: dict[str, Any] | None = None) -> 
     table.caption = "\n".join(notes) or None
     table.caption_justify = "left"
     return table
+
+
+def bench_table(name: str, found: dict[str, Any]) -> Table:
+    """What one table of `molora bench` found, and which bars hold."""
+    table = _table(f"{name}, {found['gpu']}", ["", "ms", "20-80 %", "peak MiB", "error"])
+    for row in found["rows"]:
+        error = "" if row["error"] is None else f"{row['error']:.1e}"
+        spread = f"{row['p20_ms']:.3g}-{row['p80_ms']:.3g}"
+        table.add_row(row["name"], f"{row['median_ms']:.3g}", spread, f"{row['peak_bytes'] / 2**20:,.0f}", error)
+    held = ("holds" if bar["holds"] else "does not hold" for bar in found["bars"])
+    bars = (f"{bar['name']}: {bar['value']:.2f} of at most {bar['limit']}" for bar in found["bars"])
+    table.caption = "\n".join(f"{bar}, {state}" for bar, state in zip(bars, held, strict=True))
+    table.caption_justify = "left"
+    return table

@@ -1,0 +1,139 @@
+"""The tables of `molora bench`: subjects side by side, and the bars that a mixture is held to.
+
+A bar is a ratio of ours to a peer's in the same run. Conditions: training step on random weights, placement `linear`
+unless the table says otherwise, router losses and telemetry on, dropout 0, no checkpointing, no torch.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from molora.bench.measure import Timing, measure
+from molora.bench.subjects import Shape, base, batch, lora, mixture, train_step, xlora
+from molora.routers import RankWise, TopK
+
+TOP_2 = TopK(top_k=2)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """``value`` is at most ``limit``, or the bar does not hold."""
+
+    name: str
+    value: float
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        return self.value <= self.limit
+
+
+@dataclass(frozen=True)
+class Result:
+    """A table: one row for each subject, errors of ours against the reference kernel, and bars."""
+
+    rows: dict[str, Timing]
+    errors: dict[str, float]
+    bars: list[Bar] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [{"name": name, **asdict(timing), "error": self.errors.get(name)} for name, timing in self.rows.items()]
+        return {"rows": rows, "bars": [asdict(bar) | {"holds": bar.holds} for bar in self.bars]}
+
+
+def gradient_error(model: nn.Module, step: Callable[[], tuple[torch.Tensor, ...]], name: str) -> float:
+    """The largest relative error of a gradient against the reference kernel's.
+
+    Raises:
+        ValueError: it is above the dtype's tolerance, so that nothing wrong is timed.
+    """
+    ours = step()
+    model.set_kernel("reference")  # type: ignore[operator]
+    reference = step()
+    model.set_kernel(None)  # type: ignore[operator]
+    error = max(
+        float((a - b).norm() / b.norm().clamp(min=1e-12))
+        for a, b in zip(ours, reference, strict=True)
+        if a is not None and b is not None
+    )
+    limit = 3e-2 if next(model.parameters()).dtype == torch.bfloat16 else 1e-4
+    if not error <= limit:
+        raise ValueError(f"{name}: a gradient differs from the reference kernel's by {error:.1e}; it is not timed")
+    return error
+
+
+def memory_bar(name: str, mine: Timing, peer: Timing, limit: float) -> list[Bar]:
+    """The bar of two peaks, or none where they were not measured."""
+    return [Bar(name, mine.peak_bytes / peer.peak_bytes, limit)] if peer.peak_bytes else []
+
+
+def compared(
+    shape: Shape, ours: Mapping[str, dict[str, Any]], peers: Mapping[str, Callable[[Any], nn.Module]], repeats: int
+) -> tuple[dict[str, Timing], dict[str, float]]:
+    """Train steps of mixtures and of peers on copies of one base."""
+    model, inputs = base(shape), batch(shape)
+    subjects, errors = {}, {}
+    for name, options in ours.items():
+        adapted = mixture(model, **options)
+        few = {key: value[:1, :256] for key, value in inputs.items()}
+        errors[name] = gradient_error(adapted, train_step(adapted, few), name)
+        subjects[name] = train_step(adapted, inputs)
+    for name, make in peers.items():
+        subjects[name] = train_step(make(model), inputs)
+    return measure(subjects, repeats=repeats), errors
+
+
+def linear_all(shape: Shape, repeats: int) -> Result:
+    """Seven linears of four layers, 8 x r16 top-2, against PEFT's LoRA of rank 32."""
+    ours = {"molora 8 x r16 top-2": {"num_experts": 8, "r": 16, "lora_alpha": 32, "router": TOP_2}}
+    peers = {
+        "peft lora r32, bf16 adapters": lambda model: lora(model, 32, fp32=False),
+        "peft lora r32, default": lambda model: lora(model, 32, fp32=True),
+    }
+    rows, errors = compared(shape, ours, peers, repeats)
+    mine, bf16, default = rows.values()
+    bars = [
+        Bar("linear_all", mine.median_ms / bf16.median_ms, 1.0),
+        Bar("linear_all_default", mine.median_ms / default.median_ms, 0.75),
+        *memory_bar("linear_all_memory", mine, bf16, 1.02),
+    ]
+    return Result(rows, errors, bars)
+
+
+def smora(shape: Shape, repeats: int) -> Result:
+    """Rank-wise routing, 8 of 64 ranks, against PEFT's LoRA of rank 64."""
+    ours = {"molora rank-wise 8 of 64": {"num_experts": 1, "r": 64, "lora_alpha": 16, "router": RankWise()}}
+    peers = {"peft lora r64, bf16 adapters": lambda model: lora(model, 64, fp32=False)}
+    rows, errors = compared(shape, ours, peers, repeats)
+    mine, peer = rows.values()
+    return Result(rows, errors, [Bar("smora", mine.median_ms / peer.median_ms, 1.0)])
+
+
+def many(shape: Shape, repeats: int) -> Result:
+    """64 x r16 top-2 against PEFT's LoRA of rank 32."""
+    ours = {"molora 64 x r16 top-2": {"num_experts": 64, "r": 16, "lora_alpha": 32, "router": TOP_2}}
+    peers = {"peft lora r32, bf16 adapters": lambda model: lora(model, 32, fp32=False)}
+    rows, errors = compared(shape, ours, peers, repeats)
+    mine, peer = rows.values()
+    return Result(rows, errors, [Bar("many", mine.median_ms / peer.median_ms, 1.3)])
+
+
+def against_xlora(shape: Shape, repeats: int) -> Result:
+    """8 x r16 top-2 against PEFT's X-LoRA over eight adapters of rank 16."""
+    ours = {"molora 8 x r16 top-2": {"num_experts": 8, "r": 16, "lora_alpha": 32, "router": TOP_2}}
+    rows, errors = compared(shape, ours, {"peft x-lora 8 x r16": lambda model: xlora(model, 8, 16)}, repeats)
+    mine, peer = rows.values()
+    return Result(rows, errors, [Bar("xlora", mine.median_ms / peer.median_ms, 0.15)])
+
+
+MODEL_TABLES: dict[str, Callable[[Shape, int], Result]] = {
+    "linear_all": linear_all,
+    "smora": smora,
+    "many": many,
+    "xlora": against_xlora,
+}
