@@ -111,6 +111,8 @@ def train(
     from molora.eval import terminal
     from molora.train.recipe import read_recipe, recipe_yaml
 
+    if resume and dry_run:
+        raise ValueError("--dry-run trains nothing, so there is nothing to resume; leave one of the two out")
     resolved = read_recipe(recipe, overrides)
     from molora.eval.disk import check_directory
     from molora.train.output import last_checkpoint, stored_results
@@ -339,7 +341,15 @@ def _is_for_user(error: Exception) -> bool:
     while frames is not None and frames.tb_next is not None:
         frames = frames.tb_next
     module = frames.tb_frame.f_globals.get("__name__", "") if frames is not None else ""
-    return module.partition(".")[0] in {"molora", "molora_cli", "peft", "transformers", "datasets", "huggingface_hub"}
+    return module.partition(".")[0] in {
+        "molora",
+        "molora_cli",
+        "__main__",
+        "peft",
+        "transformers",
+        "datasets",
+        "huggingface_hub",
+    }
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Trains one LoRA of rank 32 on every linear, and each preset with the largest ran
 parameters: the same data, order, steps and learning rate. Each again with the training answers of every task permuted
 among its rows. A system has learned a task if its 95 % interval lies above the share of the commonest answer and above
 the interval of its own run on permuted answers. Runs share the GPUs round robin; what is done is kept under --out, so
-that another call does the rest. Writes results/<name of the recipe>.json beside itself and prints the table.
+that another call of the same recipe does the rest. Prints the table; --keep writes results/<name of the recipe>.json
+beside itself, which README and docs quote.
 """
 
 from __future__ import annotations
@@ -129,12 +130,19 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS))
     parser.add_argument("--out", type=Path, default=Path("runs/learned"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--keep", action="store_true", help="write the file that the docs are made from")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
     out = options.out / Path(options.recipe).stem
     if options.one:
         run(options.recipe, options.overrides, options.one, out / options.one)
         return
+    settings = json.dumps([Path(options.recipe).read_text(encoding="utf-8"), sorted(options.overrides)])
+    out.mkdir(parents=True, exist_ok=True)
+    began = out / "settings.json"
+    if began.is_file() and began.read_text(encoding="utf-8") != settings:
+        sys.exit(f"{out} holds runs of another recipe or of other overrides; choose another --out")
+    began.write_text(settings, encoding="utf-8")
     names = ["base", *options.systems, *(system + PERMUTED for system in options.systems)]
 
     def start(number: int) -> None:
@@ -164,12 +172,13 @@ def main() -> None:
     missing = sorted(files.keys() - runs.keys())
     if missing:
         sys.exit(f"no results of {', '.join(missing)}; call again for the rest")
-    result = Path(__file__).parent / "results" / f"{Path(options.recipe).stem}.json"
     for entry in runs.values():
         entry["parameters"] = entry.pop("model")["parameters"]
     kept = {name: {key: entry[key] for key in KEPT} for name, entry in runs.items()}
-    command = ["benchmarks/learned.py", options.recipe, *options.overrides]
-    result.write_text(json.dumps({"command": command, "runs": kept}, indent=1) + "\n", encoding="utf-8")
+    if options.keep:
+        command = ["benchmarks/learned.py", options.recipe, *options.overrides]
+        result = Path(__file__).parent / "results" / f"{Path(options.recipe).stem}.json"
+        result.write_text(json.dumps({"command": command, "runs": kept}, indent=1) + "\n", encoding="utf-8")
     print(table(kept))
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import fields
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -13,32 +16,42 @@ from molora.checks import check_choice
 from molora.config import MoloraConfig
 from molora.layers import MixtureSpec, linear_features
 from molora.plan import FFNPlan, LinearPlan, plan_conversion
+from molora.suggest import unknown_key_message
 
 
 def equal_lora(base: nn.Module, config: MoloraConfig, count: str = "trainable", **options: Any) -> LoraConfig:
     """A LoRA on the linears that a mixture converts, with its number of parameters or just above.
 
     The rank is the smallest with ``r * sum(in + out) >= parameters of the mixture``, routers and plain LoRA included.
-    Nothing is converted: the base stays as it is.
+    What the mixture trains beside that (modules_to_save, biases, token embeddings) the LoRA trains too. Nothing is
+    converted: the base stays as it is.
 
     Args:
         base: the model that would be converted.
         config: of the mixture.
         count: "trainable", all parameters of the mixture, or "active", those that work for one token: its routers, and
             of its experts the chosen ones.
-        options: more keys of LoraConfig; lora_alpha is 2r and the dropout the mixture's where they say nothing.
+        options: more keys of LoraConfig, other than r and target_modules; lora_alpha is 2r and the dropout the
+            mixture's where they say nothing.
 
     Returns:
         A causal-LM LoraConfig, its targets by their full names.
 
     Raises:
-        ValueError: `config` cannot convert `base`, or count="active" for a router whose number of chosen experts varies
-            from token to token.
+        ValueError: `config` cannot convert `base`, an option that is not the caller's, or count="active" for a router
+            whose number of chosen experts varies from token to token.
     """
     check_choice("count", count, ("trainable", "active"))
+    if not isinstance(config, MoloraConfig):
+        raise ValueError(f"config must be the MoloraConfig of a mixture, got {config!r}")
+    for key in options:
+        if key in ("r", "target_modules"):
+            raise ValueError(f"{key} follows from the mixture; remove it, or write the LoraConfig yourself")
+        if key not in (known := [field.name for field in fields(LoraConfig) if field.init]):
+            raise ValueError(unknown_key_message("LoraConfig", key, known))
     modules = dict(base.named_modules())
     targets: dict[str, int] = {}
-    parameters = 0.0
+    parameters = Fraction(0)
     blocks = set()
     for name, entry in plan_conversion(base, copy.deepcopy(config)).items():
         if isinstance(entry, FFNPlan):
@@ -48,7 +61,7 @@ def equal_lora(base: nn.Module, config: MoloraConfig, count: str = "trainable", 
         for linear, spec in specs.items():
             inputs, outputs = linear_features(modules[linear]) or (0, 0)
             targets[linear] = inputs + outputs
-            share = 1.0 if count == "trainable" else _active_share(spec)
+            share = Fraction(1) if count == "trainable" else _active_share(spec)
             experts = spec.num_experts * spec.r * (outputs + (0 if spec.share_A else inputs))
             parameters += share * experts + spec.r * (inputs if spec.share_A else 0)
         spec = next(iter(specs.values()))
@@ -59,8 +72,15 @@ def equal_lora(base: nn.Module, config: MoloraConfig, count: str = "trainable", 
             features = entry.place.features or _input_size(modules, name, entry)
             router = spec.router.build(features, spec.num_experts, spec.r)
         parameters += sum(weight.numel() for weight in router.parameters())
-    rank = -int(-parameters // sum(targets.values()))
-    defaults = {"task_type": "CAUSAL_LM", "lora_alpha": 2 * rank, "lora_dropout": config.lora_dropout}
+    rank = math.ceil(parameters / sum(targets.values()))
+    defaults = {
+        "task_type": "CAUSAL_LM",
+        "lora_alpha": 2 * rank,
+        "lora_dropout": config.lora_dropout,
+        "bias": "lora_only" if config.bias == "molora_only" else config.bias,
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_token_indices,
+    }
     return LoraConfig(**defaults | options, r=rank, target_modules=sorted(targets))
 
 
@@ -73,14 +93,14 @@ def _input_size(modules: dict[str, nn.Module], name: str, entry: LinearPlan | FF
     return features[0]
 
 
-def _active_share(spec: MixtureSpec) -> float:
+def _active_share(spec: MixtureSpec) -> Fraction:
     """The share of an adapter's ranks that work for one token."""
     if spec.router is None:
-        return 1.0
+        return Fraction(1)
     chosen = spec.router.num_chosen(spec.num_experts, spec.r)
     if chosen is None:
         raise ValueError(
             f"count='active': how many experts router {spec.router.name!r} chooses varies from token to token; compare "
             "at count='trainable'"
         )
-    return chosen / spec.router.num_gates(spec.num_experts, spec.r)
+    return Fraction(chosen, spec.router.num_gates(spec.num_experts, spec.r))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 def nearest(word: str, valid: Iterable[str]) -> str:
     """``did you mean 'x'? `` with the closest valid word, or nothing where none is close."""
-    close = difflib.get_close_matches(word, sorted(valid), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, sorted(valid), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}? " if close else ""
 
 

@@ -47,8 +47,10 @@ def test_every_preset(name: str) -> None:
         {"placement": "ffn", "exclude_modules": ["gate_proj"], "plain_lora": {"target_modules": "all-linear", "r": 3}},
         {"placement": "ffn", "exclude_modules": ["gate_proj", "up_proj"]},
         {"rank_pattern": {"q_proj": 7}},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1, 2]},
     ],
-    ids=["shared A", "by layer", "beside plain LoRA", "down only", "rank pattern"],
+    ids=["shared A", "by layer", "beside plain LoRA", "down only", "rank pattern", "saved module", "tokens"],
 )
 def test_parameters_are_counted_to_the_last(options: dict[str, object]) -> None:
     check("llama", config(**options))
@@ -69,6 +71,9 @@ def test_active_parameters() -> None:
     assert rank(config(num_experts=4, r=8, router=TopK(top_k=2))) == wanted(4, 16)
     assert rank(config(num_experts=1, r=16, router=RankWise(active_ranks=4, rank_partition=2))) == wanted(8, 4)
     assert rank(config(num_experts=4, r=8, router=Centroid(top_k=1))) == wanted(0, 8)
+    # 25 * 4 * 7/25 ranks: in floating point a little more than 28.
+    exact = config(num_experts=25, r=4, router=Centroid(top_k=7), target_modules=["q_proj", "v_proj"])
+    assert rank(exact) == 28
     with pytest.raises(ValueError, match="'threshold' chooses varies from token to token"):
         rank(config(num_experts=4, router=Threshold()))
     with pytest.raises(ValueError, match="count"):
@@ -77,4 +82,13 @@ def test_active_parameters() -> None:
 
 def test_options_go_to_the_lora() -> None:
     lora = equal_lora(base_model(), config(lora_dropout=0.1), use_rslora=True, lora_alpha=5)
+    for options, said in (
+        ({"r": 5}, "r follows from the mixture"),
+        ({"target_modules": ["q_proj"]}, "target_modules follows from the mixture"),
+        ({"lora_alfa": 5}, "did you mean 'lora_alpha'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            equal_lora(base_model(), config(), **options)
+    with pytest.raises(ValueError, match="must be the MoloraConfig of a mixture, got 'mixlora'"):
+        equal_lora(base_model(), "mixlora")
     assert (lora.use_rslora, lora.lora_alpha, lora.lora_dropout, lora.task_type) == (True, 5, 0.1, "CAUSAL_LM")

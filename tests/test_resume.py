@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,15 @@ def test_an_adapter_is_no_base(base: str, tmp_path: Path, capsys: pytest.Capture
     assert molora("train", write_recipe(tmp_path, base), f"base.model={adapter}", "--dry-run") == 2
     assert f"give its base, '{base}'" in error(capsys)
     assert not (tmp_path / "second").exists() and not (tmp_path / "out").exists()
+
+
+def test_no_line_of_the_log_reaches_over_a_save(base: str, tmp_path: Path) -> None:
+    recipe, out = write_recipe(tmp_path, base, max_steps=7, logging_steps=4, save_steps=3), tmp_path / "out"
+    assert molora("train", recipe) == 0
+    whole, mean = losses(out), json.loads((out / "results.json").read_text())["training"]["loss"]
+    assert [step for step, *_ in whole] == [1, 3, 4, 6, 7]
+    for path in (*out.glob("*.json"), out / "adapter_model.safetensors"):
+        path.unlink()
+    shutil.rmtree(out / "checkpoint-7")
+    assert molora("train", recipe, "--resume") == 0
+    assert losses(out) == whole and json.loads((out / "results.json").read_text())["training"]["loss"] == mean

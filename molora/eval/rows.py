@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
+BROKEN_ARCHIVE = (OSError, EOFError, zlib.error)
+"""What reading a broken or truncated archive raises."""
+CONVERSATION_KEYS = ("role", "from", "type")
+"""Keys of a turn, and of a part of its content, that name what it is."""
 
 
 def load_rows(task: TaskConfig) -> Dataset:
@@ -39,7 +44,7 @@ def load_rows(task: TaskConfig) -> Dataset:
     if task.limit is not None and task.limit < len(rows):
         rows = rows.shuffle(seed=0).select(range(task.limit))
     if task.replace:
-        rows = rows.map(_replaced, fn_kwargs={"pairs": list(task.replace.items())}, load_from_cache_file=False)
+        rows = rows.map(_replaced, fn_kwargs={"task": task}, load_from_cache_file=False)
     return rows
 
 
@@ -63,7 +68,7 @@ def stream_rows(task: TaskConfig) -> IterableDataset:
     if task.limit is not None:
         rows = rows.take(task.limit)
     if task.replace:
-        rows = rows.map(_replaced, fn_kwargs={"pairs": list(task.replace.items())})
+        rows = rows.map(_replaced, fn_kwargs={"task": task})
     return rows
 
 
@@ -76,9 +81,13 @@ def reading(task: TaskConfig) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    # datasets lets StopIteration and RuntimeError out for an empty file, and OSError for a broken archive.
-    except (ValueError, OSError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
+    # datasets lets StopIteration and RuntimeError out for an empty file, and the others for a broken archive.
+    except (ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError, *BROKEN_ARCHIVE) as error:
+        if type(error) is ValueError and str(error).startswith(f"task {task.name!r}"):
+            raise
         reason = why_unreadable(local_files(task)) or _root_cause(error)
+        if task.field is not None and "Trailing data" in reason:
+            reason = "field is for a file that holds one JSON object, and this one holds more; remove field"
         raise ValueError(
             f"task {task.name!r} cannot be read from {task.data!r} (split {task.split!r}): {reason}"
         ) from error
@@ -117,6 +126,11 @@ def _reader(task: TaskConfig) -> str | None:
 def _read(task: TaskConfig, *, streaming: bool) -> Any:
     import datasets
 
+    if Path(task.data).expanduser().is_dir():
+        example = Path(task.data) / "*.jsonl"
+        raise ValueError(
+            f"task {task.name!r}: data={task.data!r} is a directory; give a file or a glob such as {example}"
+        )
     suffix = _reader(task)
     if suffix is None:
         return datasets.load_dataset(task.data, task.subset, split=task.split, streaming=streaming)
@@ -133,10 +147,12 @@ def _read(task: TaskConfig, *, streaming: bool) -> Any:
         raise ValueError(
             f"task {task.name!r}: columns names the columns of csv and tsv files; remove it for {task.data!r}"
         )
-    if READERS[suffix] == "json" and task.field is not None:
+    if suffix == ".json" and task.field is not None:
         options = {"field": task.field}
     elif task.field is not None:
-        raise ValueError(f"field is for json files; remove it for {task.data!r}")
+        raise ValueError(
+            f"task {task.name!r}: field is for a .json file that holds one object; remove it for {task.data!r}"
+        )
     return datasets.load_dataset(READERS[suffix], data_files=files, split=task.split, streaming=streaming, **options)
 
 
@@ -164,7 +180,23 @@ def _parsed(row: dict[str, Any], pattern: str, name: str) -> dict[str, str]:
     return match.groupdict()
 
 
-def _replaced(row: dict[str, Any], pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    for old, new in pairs:
-        row = {key: value.replace(old, new) if isinstance(value, str) else value for key, value in row.items()}
-    return row
+def _replaced(row: dict[str, Any], task: TaskConfig) -> dict[str, Any]:
+    """Every text column, and the texts inside the columns that the task reads; who speaks in a conversation stays."""
+    pairs = list((task.replace or {}).items())
+    nested = needed_columns(task)
+    kept = CONVERSATION_KEYS if isinstance(task.messages, str) else ()
+    return {
+        key: _replaced_in(value, pairs, kept) if isinstance(value, str) or key in nested else value
+        for key, value in row.items()
+    }
+
+
+def _replaced_in(value: Any, pairs: list[tuple[str, str]], kept: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_replaced_in(item, pairs, kept) for item in value]
+    if isinstance(value, dict):
+        return {key: item if key in kept else _replaced_in(item, pairs, kept) for key, item in value.items()}
+    if isinstance(value, str):
+        for old, new in pairs:
+            value = value.replace(old, new)
+    return value

@@ -15,7 +15,7 @@ from molora.eval.encode import IGNORED, Example, collate, encode_example, num_un
 from molora.eval.metrics import METRICS, exact_match, last_number, majority, mean_interval
 from molora.eval.results import wilson
 from molora.eval.rows import load_rows
-from molora.eval.tasks import TaskConfig
+from molora.eval.tasks import NullFieldError, TaskConfig
 
 
 def context_length(model: PreTrainedModel, max_length: int | None = None) -> int | None:
@@ -97,9 +97,14 @@ def load_examples(task: TaskConfig, tokenizer: PreTrainedTokenizerBase, limit: i
         The rows that fit into ``limit`` tokens, and how many do not.
 
     Raises:
-        ValueError: no row fits, or an answer without a number for the metric ``number``.
+        ValueError: no row fits, a null where text is wanted, or an answer without a number for the metric ``number``.
     """
-    examples = [encode_example(row, task, tokenizer) for row in load_rows(task)]
+    try:
+        examples = [encode_example(row, task, tokenizer) for row in load_rows(task)]
+    except NullFieldError as error:
+        raise ValueError(
+            f"task {task.name!r}: {error}; a row to score must be whole, so remove it from {task.data!r}"
+        ) from error
     if task.metric == "number":
         for example in examples:
             if last_number(example.answer) is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from string import Formatter
 from typing import Any, Literal
@@ -50,7 +52,8 @@ class TaskConfig:
     parse: str | None = None
     """Regular expression with named groups; each line of a txt file must match, and its groups become the columns."""
     replace: dict[str, str] | None = None
-    """Literal replacements in every text column, in the order written; for symbols that the tokenizer lacks."""
+    """Literal replacements in every text column and in the contents of ``messages``, in the order written; for symbols
+    that the tokenizer lacks."""
     weight: float = 1.0
     limit: int | None = None
     """Train on this many rows, drawn with seed 0 (the first ones of a stream); ``None``: all."""
@@ -79,8 +82,8 @@ class TaskConfig:
             fail("prompt and answer belong together; add the missing one")
         if self.loss is not None and self.loss != "all" and (self.loss == "assistant") != (self.messages is not None):
             fail(f"loss={self.loss!r} does not fit; use 'answer' with a prompt, 'assistant' with messages, or 'all'")
-        if self.weight <= 0:
-            fail(f"weight={self.weight} must be above 0; remove the task to leave it out")
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            fail(f"weight={self.weight} must be a finite number above 0; remove the task to leave it out")
         if self.task_label is not None and self.task_label < 0:
             fail(f"task_label={self.task_label} must be at least 0")
         if self.limit is not None and self.limit <= 0:
@@ -161,6 +164,22 @@ class _Filler(Formatter):
         if value is None:
             raise NullFieldError("a field is null")
         return str(super().format_field(value, format_spec))
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        if value is None:
+            raise NullFieldError("a field is null")
+        return super().convert_field(value, conversion)
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        try:
+            return super().get_field(field_name, args, kwargs)
+        except (TypeError, AttributeError):
+            # {q[x]} where q is null.
+            for cut in re.finditer(r"[.\[]", field_name):
+                outer = field_name[: cut.start()]
+                if outer.count("[") == outer.count("]") and super().get_field(outer, args, kwargs)[0] is None:
+                    raise NullFieldError("a field is null") from None
+            raise
 
 
 def fill(template: str, row: dict[str, Any]) -> str:

@@ -95,9 +95,9 @@ def yaml_text(text: str) -> Syntax:
 
 def _table(title: str, names: list[str]) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column(names[0])
+    table.add_column(names[0], overflow="fold")
     for name in names[1:]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     return table
 
 
@@ -190,9 +190,8 @@ def show_quickstart(results: dict[str, Any], folder: Any) -> None:
     if average["mixture"] < average["lora"]:
         behind = 100 * (average["lora"] - average["mixture"])
         out.print(
-            f"In this short run the mixture is {behind:.1f} points behind one LoRA: each of its experts learns from a "
-            "part of the tokens, so it converges later. Seeds differ by several points, and after twice the steps both "
-            "are level (docs/results.md).",
+            f"In this short run the mixture is {behind:.1f} points behind one LoRA: it learns the last skills "
+            "later. Seeds differ by several points, and in longer runs both were level (docs/results.md).",
             highlight=False,
         )
     text = Text()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from molora.eval.disk import writing
@@ -18,6 +18,19 @@ from molora.train.task_loss import TaskLosses
 
 PARTIAL = ".partial"
 """Directory inside output_dir for what is being written; the search for ``checkpoint-*`` does not look into it."""
+
+
+class LogAtSaves(TrainerCallback):
+    """A line of the log at every save and at the last step, so that none averages over what is before a checkpoint:
+    a resumed run then logs what the whole run logs."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save:
+            control.should_log = True
 
 
 class AtomicTrainer(Trainer):

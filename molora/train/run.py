@@ -21,7 +21,7 @@ from molora.eval.results import header, peak_memory_bytes, write_json, write_tex
 from molora.eval.score import context_length
 from molora.eval.suite import check_suite, run_suite
 from molora.routers import Centroid
-from molora.train.checkpoint import AtomicTrainer
+from molora.train.checkpoint import AtomicTrainer, LogAtSaves
 from molora.train.mixing import TaskReport, mixed_dataset
 from molora.train.output import (
     BEFORE_FILE,
@@ -241,7 +241,7 @@ def _trainer(
             train_dataset=rows,
             data_collator=partial(collate, with_task_labels=labelled),
             processing_class=tokenizer,
-            callbacks=[*([RoutingLog(warn)] if recipe.mixture is not None else []), *callbacks],
+            callbacks=[LogAtSaves(), *([RoutingLog(warn)] if recipe.mixture is not None else []), *callbacks],
         )
     except (ValueError, ImportError, RuntimeError) as error:
         # For instance report_to for a service that is not installed, or fp16 without a GPU.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -41,19 +44,9 @@ class MixedStream(TorchIterableDataset[dict[str, Any]]):
         self.tasks, self.shares, self.mixing = tasks, list(shares), mixing
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        try:
+        with _naming([stream.task for stream in self.tasks]):
             for seed in count(self.mixing.seed):
                 yield from self._pass(seed)
-        except (ValueError, EOFError) as error:
-            # What molora raises is a plain ValueError that names the task; readers raise kinds of it that do not.
-            if type(error) is ValueError:
-                raise
-            for task in (stream.task for stream in self.tasks):
-                reason = why_unreadable(local_files(task))
-                if reason:
-                    raise ValueError(f"task {task.name!r} cannot be read from {task.data!r}: {reason}") from error
-            names = ", ".join(stream.task.name for stream in self.tasks)
-            raise ValueError(f"a row of one of the tasks {names} cannot be read: {error}") from error
 
     def _pass(self, seed: int) -> IterableDataset:
         import datasets
@@ -67,8 +60,26 @@ class MixedStream(TorchIterableDataset[dict[str, Any]]):
 
     def first(self, number: int) -> Iterator[dict[str, Any]]:
         """The first rows of each task in the order of its data, task after task."""
-        for task in self.tasks:
-            yield from task.rows().take(number)
+        for stream in self.tasks:
+            with _naming([stream.task]):
+                yield from stream.rows().take(number)
+
+
+@contextmanager
+def _naming(tasks: Sequence[TaskConfig]) -> Iterator[None]:
+    """What a reader raises at a later row becomes one sentence that names the task and the file."""
+    try:
+        yield
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        # What molora raises is a plain ValueError that names the task; readers raise kinds of it that do not.
+        if type(error) is ValueError:
+            raise
+        for task in tasks:
+            reason = why_unreadable(local_files(task))
+            if reason:
+                raise ValueError(f"task {task.name!r} cannot be read from {task.data!r}: {reason}") from error
+        names = ", ".join(task.name for task in tasks)
+        raise ValueError(f"a row of one of the tasks {names} cannot be read: {error}") from error
 
 
 class EncodedStream:
@@ -90,7 +101,9 @@ class EncodedStream:
         self.task, self.tokenizer, self.sequence, self.limit = task, tokenizer, sequence, limit
         self.constants = {"task": number, "task_label": label}
         self.source = stream_rows(task)
-        if next(iter(self.rows()), None) is None:
+        with _naming([task]):
+            first = next(iter(self.rows()), None)
+        if first is None:
             raise ValueError(
                 f"task {task.name!r} is empty: each of its rows exceeds {limit} tokens or has no token with loss; "
                 "raise sequence.max_length or check the answers"
