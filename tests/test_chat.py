@@ -13,7 +13,7 @@ from tiny_lm import CONTEXT, tiny_llama, tiny_tokenizer, write_jsonl
 from molora.eval.encode import IGNORED, Example, encode_example, encode_row
 from molora.eval.models import load_tokenizer
 from molora.eval.rows import load_rows
-from molora.eval.score import score_task
+from molora.eval.score import load_examples, score_task
 from molora.eval.tasks import EvalConfig, TaskConfig
 from molora.train.mixing import encode_task
 from molora.train.recipe import SequenceConfig
@@ -117,6 +117,74 @@ def test_an_answer_without_text_carries_no_loss(tmp_path: Path) -> None:
     assert (report.rows, report.used, report.no_label) == (2, 1, 1)
 
 
+EMPTY = [CHAT[0], {"role": "assistant", "content": ""}, *CHAT[2:]]
+
+
+@pytest.mark.parametrize("template", [MARKED, UNMARKED, None], ids=["generation marks", "prefixes", "molora-tiny"])
+def test_an_empty_reply_among_others_carries_no_loss(template: str | None) -> None:
+    own = tokenizer(template) if template else load_tokenizer("molora-tiny")
+    for turns in (EMPTY, [*EMPTY, *EMPTY[:2]], [*EMPTY[:2], *EMPTY]):
+        answers = shown(encode_row({"m": turns}, chat(), own), own)[1]
+        assert answers == "so long" + own.eos_token
+    assert set(encode_row({"m": EMPTY[:2]}, chat(), own)["labels"]) == {IGNORED}
+
+
+def test_a_null_content_is_left_out_and_named_where_it_is_scored(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    rows: list[dict[str, Any]] = [
+        {"m": CHAT},
+        {"m": [CHAT[0], call, CHAT[1]]},
+        {"m": [{"role": "user", "content": None}, CHAT[1]]},
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    _, report = encode_task(chat(data=data), tokenizer(), SequenceConfig(), CONTEXT)
+    assert (report.rows, report.used, report.no_label) == (3, 1, 2)
+    message = r"^task 'talk': turn 2 \(assistant\) of the column 'm' has null as its content; .* so remove it from"
+    with pytest.raises(ValueError, match=message):
+        load_examples(chat(data=data), tokenizer(), CONTEXT)
+
+
+def test_text_in_parts_is_joined(tmp_path: Path) -> None:
+    parts = [{"role": t["role"], "content": [{"type": "text", "text": c} for c in t["content"]]} for t in CHAT]
+    own = tokenizer()
+    assert encode_row({"m": parts}, chat(), own) == encode_row({"m": CHAT}, chat(), own)
+    assert encode_example({"m": parts}, chat(), own) == encode_example({"m": CHAT}, chat(), own)
+    (row,) = load_rows(chat(data=write_jsonl(tmp_path / "p.jsonl", [{"m": parts}])))
+    assert encode_row(row, chat(), own) == encode_row({"m": CHAT}, chat(), own)
+
+
+@pytest.mark.parametrize("content", [4, {"a": 1}, [{"type": "image", "url": "x"}], [{"type": "text", "text": None}]])
+def test_a_content_that_is_not_text_is_named(content: Any) -> None:
+    message = (
+        r"^task 'talk': turn 3 \(user\) of the column 'm' must be a text, or a list of parts .*; leave out such rows$"
+    )
+    with pytest.raises(ValueError, match=message):
+        encode_row({"m": [*CHAT[:2], {"role": "user", "content": content}, CHAT[3]]}, chat(), tokenizer())
+
+
+def test_a_type_error_of_the_template_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match="task 'talk': the chat template does not take the conversation: .*int"):
+        encode_row({"m": CHAT}, chat(), tokenizer("{{ 1 + messages[0]['content'] }}"))
+
+
+def test_a_reply_with_nothing_before_it_is_one_sentence() -> None:
+    assert shown(encode_row({"m": CHAT[1:]}, chat(), tokenizer()), tokenizer())[1] == "hello</s>so long</s>"
+    for encode in (encode_row, encode_example):
+        with pytest.raises(ValueError, match="task 'talk': a conversation begins with the reply to be located"):
+            encode({"m": CHAT[1:2]}, chat(), tokenizer(UNMARKED))
+
+
+def test_of_several_templates_the_default_is_taken() -> None:
+    several = {"default": UNMARKED, "tool_use": "{{ nothing }}"}
+    own = tokenizer(several)  # type: ignore[arg-type]
+    assert encode_row({"m": CHAT}, chat(), own) == encode_row({"m": CHAT}, chat(), tokenizer(UNMARKED))
+    own.chat_template = {"rag": UNMARKED, "plain": UNMARKED}
+    with pytest.raises(
+        ValueError, match="'talk': the tokenizer has the chat templates plain, rag, none of them default"
+    ):
+        encode_row({"m": CHAT}, chat(), own)
+
+
 @pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["generation marks", "prefixes"])
 def test_scoring_asks_for_the_last_reply_of_both_kinds(template: str) -> None:
     own = tokenizer(template)
@@ -147,6 +215,9 @@ def test_the_end_of_a_turn_is_the_templates() -> None:
     example = encode_example(ROW, chat(TURNS[1:3]), own)
     assert own.convert_ids_to_tokens(list(example.end_ids)) == ["<|im_end|>"]
     assert own.decode(example.answer_ids) == "two<|im_end|>\n"
+    # The newline behind it is never generated, so it carries no loss; the tokens are the same.
+    row = encode_row(ROW, chat(TURNS[1:]), own)
+    assert shown(row, own)[1] == "two<|im_end|>no<|im_end|>" and own.decode(row["input_ids"]).endswith("<|im_end|>\n")
     open_ended = tokenizer("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}")
     assert encode_example(ROW, chat(TURNS[1:3]), open_ended).end_ids == ()
 
@@ -171,7 +242,7 @@ def test_generation_stops_at_the_end_of_the_turn(tmp_path: Path) -> None:
     said = own("two<|im_end|>\n<|im_start|>user\nmore", add_special_tokens=False)["input_ids"]
     data = write_jsonl(tmp_path / "rows.jsonl", [ROW])
     task = chat(TURNS[1:3], data, eval=EvalConfig())
-    entry, predictions = score_task(Speaker(said), own, task, max_length=None, batch_size=1)  # type: ignore[arg-type]
+    entry, predictions = score_task(Speaker(said), own, task, max_length=None, batch_size=1)
     assert (entry["value"], predictions[0]["prediction"]) == (1.0, "two")
 
 

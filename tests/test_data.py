@@ -10,7 +10,8 @@ import pytest
 from tiny_lm import CONTEXT, tiny_tokenizer, write_jsonl
 
 from molora.eval.encode import IGNORED, collate, encode_example, encode_row
-from molora.eval.rows import load_rows
+from molora.eval.rows import load_rows, stream_rows
+from molora.eval.score import load_examples
 from molora.eval.tasks import EvalConfig, TaskConfig, eval_task
 from molora.train.mixing import encode_task, mixed_dataset, probabilities
 from molora.train.recipe import MixingConfig, SequenceConfig
@@ -88,7 +89,7 @@ def test_chat_loss_is_on_every_reply_of_the_assistant(template: str) -> None:
 def test_a_chat_template_that_rewrites_history_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = REWRITING
-    with pytest.raises(ValueError, match="rewrites earlier turns, so the assistant's tokens cannot be located"):
+    with pytest.raises(ValueError, match="rewrites earlier turns or joins turns by plain text .* cannot be located"):
         encode_row({"m": CHAT}, task(prompt=None, answer=None, messages="m"), tokenizer)
 
 
@@ -121,6 +122,55 @@ def test_a_null_field_is_left_out_and_counted_never_written_as_a_word(tmp_path: 
     assert encode_row(rows[1], chat, tiny_tokenizer())["input_ids"] == []
     with pytest.raises(ValueError, match=r"the template ' \{a\}' meets a null in the row"):
         encode_example(rows[1], task(data), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("template", ["{q!s}", "{q!r}", "{q[x]}", "{q.x}", "{q[x][y]}"])
+def test_a_null_is_a_null_however_the_template_reads_it(template: str) -> None:
+    row = {"q": {"x": None} if template == "{q[x][y]}" else None, "a": "1"}
+    assert encode_row(row, task(prompt=template), tiny_tokenizer())["input_ids"] == []
+    with pytest.raises(ValueError, match="does not fit the row"):
+        encode_row({"q": "text", "a": "1"}, task(prompt="{q[x]}"), tiny_tokenizer())
+
+
+def test_a_null_in_a_row_to_score_names_the_task_and_the_fix(tmp_path: Path) -> None:
+    scored = task(write_jsonl(tmp_path / "n.jsonl", [{"q": "one", "a": None}, *ROWS]))
+    with pytest.raises(
+        ValueError, match=r"^task 'sums': the template .* meets a null .* so remove it from '.*n.jsonl'"
+    ):
+        load_examples(scored, tiny_tokenizer(), CONTEXT)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_weight_is_a_finite_number_above_zero(weight: float) -> None:
+    with pytest.raises(ValueError, match=f"task 'sums': weight={weight} must be above 0 and finite; remove"):
+        task(weight=weight)
+
+
+@pytest.mark.parametrize("name", ["folder", "owner/name", "rows.jsonl"])
+def test_a_directory_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir(parents=True)
+    for read in (load_rows, stream_rows):
+        with pytest.raises(ValueError, match=f"^task 'sums': data='{name}' is a directory; .* {name}/[*].jsonl$"):
+            read(task(name))
+
+
+def test_a_field_of_a_file_of_lines_is_named(tmp_path: Path) -> None:
+    (tmp_path / "d.json").write_text('{"q": "x", "a": "y"}\n{"q": "x", "a": "y"}\n')
+    with pytest.raises(ValueError, match="task 'sums' cannot be read .* holds one JSON object, .* remove field"):
+        load_rows(task(str(tmp_path / "d.json"), field="rows"))
+
+
+def test_replacements_reach_into_the_column_that_is_read(tmp_path: Path) -> None:
+    rows = [{"m": [{"role": "user", "content": "a_user"}, {"role": "assistant", "content": "b_c"}], "d": {"x": "a_b"}}]
+    data = write_jsonl(tmp_path / "r.jsonl", rows)
+    chat = task(data, prompt=None, answer=None, messages="m", replace={"_": " ", "user": "you"})
+    templates = task(data, prompt="{d[x]}", answer="{d[x]}", replace={"_": " "})
+    for read in (load_rows, stream_rows):
+        (row,) = read(chat)
+        assert [(turn["role"], turn["content"]) for turn in row["m"]] == [("user", "a you"), ("assistant", "b c")]
+        assert row["d"] == {"x": "a_b"}
+        assert next(iter(read(templates)))["d"] == {"x": "a b"}
 
 
 def test_unknown_characters_are_counted(tmp_path: Path) -> None:
@@ -156,7 +206,8 @@ def test_too_long_rows_are_counted_cut_or_refused(file: str) -> None:
         ({"choices": ["{x}", "{y}"]}, ValueError, "needs the column 'x'"),
         ({"split": "train[:0]"}, ValueError, r"'sums' cannot be read .* .split 'train\[:0\]'.: .* no data"),
         ({"prompt": "{}:"}, ValueError, "an empty {} in a template"),
-        ({"columns": ["q"]}, ValueError, "columns names the columns of csv and tsv files"),
+        ({"columns": ["q"]}, ValueError, "^task 'sums': columns names the columns of csv and tsv files"),
+        ({"field": "rows"}, ValueError, "^task 'sums': field is for a .json file that holds one object; remove it for"),
         ({"parse": "(?P<q>.*)"}, ValueError, "parse needs named groups .* and a txt file"),
     ],
 )
@@ -187,6 +238,9 @@ def test_an_empty_file_is_named(tmp_path: Path) -> None:
         ("l.jsonl", b"[1]\n[2]\n", r"l.jsonl, row 1: a row must be a JSON object, got \[1\]"),
         ("b.csv", b"q,a\nx,y\nx,y,z\n", "b.csv.*Expected 2 fields in line 3, saw 3"),
         ("b.jsonl.gz", b"abc", r"b.jsonl.gz: Not a gzipped file"),
+        ("c.jsonl.gz", gzip.compress(b'{"q":"a","a":"b"}\n' * 99)[:-12], r"c.jsonl.gz: Compressed file ended before"),
+        ("c.txt.gz", gzip.compress(b"a=b\n" * 99)[:-12], r"c.txt.gz: Compressed file ended before"),
+        ("c.csv.gz", gzip.compress(b"q,a\n" * 99)[:-12], r"c.csv.gz: Compressed file ended before"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_its_row(name: str, data: bytes, message: str, tmp_path: Path) -> None:

@@ -27,6 +27,11 @@ from molora.eval.tasks import EvalConfig, TaskConfig
         ("The CAT, sat!", "the cat sat", 1.0),
         ("x_1", "x 1", 1.0),
         ("one two", "three", 0.0),
+        ("\u043a\u043e\u0442 \u0441\u043f\u0438\u0442", "\u041a\u043e\u0442 \u0441\u043f\u0438\u0442.", 1.0),
+        ("\u732b", "\u732b", 1.0),
+        # One word each, an accent composed or not: two of two and two of three words.
+        ("caf\u00e9 noir", "cafe\u0301 noir fort", 4 / 5),
+        ("Stra\u00dfe", "STRASSE", 1.0),
         ("", "three", 0.0),
         ("?", "!", 0.0),
     ],
@@ -46,6 +51,17 @@ def test_rouge_l_by_hand(prediction: str, answer: str, by_hand: float) -> None:
         ("10-5", "5"),
         ("#### -3.", "-3"),
         ("half is .5", ".5"),
+        ("x = \u22125", "-5"),
+        ("10\u22125", "5"),
+        ("- 5", "5"),
+        ("(3,4)", "4"),
+        ("12,34", "34"),
+        ("1234,567", "567"),
+        ("1,234,567.8", "1234567.8"),
+        ("5e3", "5000"),
+        ("about 1.5E-2 m", "0.015"),
+        ("1e\u22122", "0.01"),
+        ("4 eggs", "4"),
         ("5, or so", "5"),
         ("no number", None),
         ("", None),
@@ -58,6 +74,7 @@ def test_the_last_number_of_a_text(text: str, found: str | None) -> None:
 def test_numbers_are_compared_as_numbers() -> None:
     assert number("it is 72.00", "= <<48+24=72>>72 clips.\n#### 72") == 1.0
     assert number("72, then 73", "#### 72") == number("nothing", "#### 72") == 0.0
+    assert number("1e99999999999999999999", "#### 72") == 0.0
     assert exact_match(" a  b\n", "a b") == 1.0 != exact_match("a B", "a b")
 
 

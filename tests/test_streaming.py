@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -151,6 +152,14 @@ def test_a_later_row_that_cannot_be_read_is_named(name: str, data: bytes, messag
     mixed, _ = stream([task(str(tmp_path / name), **parse)], buffer_size=1)
     with pytest.raises(ValueError, match=message):
         list(islice(mixed, 20_000))
+
+
+@pytest.mark.parametrize("rows", [99, 30_000])
+def test_a_truncated_archive_is_named(rows: int, tmp_path: Path) -> None:
+    lines = b"".join(b'{"q":"%d","a":"b"}\n' % i for i in range(rows))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines)[:-12])
+    with pytest.raises(ValueError, match="task 'sums' cannot be read from .*c.jsonl.gz: Compressed file ended before"):
+        list(islice(stream([task(str(tmp_path / "c.jsonl.gz"))])[0], rows + 1))
 
 
 def test_a_stream_trains_a_centroid_router_on_its_first_rows(base: str, tmp_path: Path) -> None:

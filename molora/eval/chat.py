@@ -91,8 +91,8 @@ def encode_conversation(
         stop = _render(messages[: turn + 1], task, tokenizer, prompt=False)["input_ids"]
         if input_ids[: len(stop)] != stop or stop[: len(start)] != start:
             raise ValueError(
-                f"task {task.name!r}: the chat template has no {{% generation %}} marks, and it rewrites earlier turns or "
-                "joins turns by plain text that the tokenizer merges with what follows, so the assistant's tokens "
+                f"task {task.name!r}: the chat template has no {{% generation %}} marks, and it rewrites earlier turns "
+                "or joins turns by plain text that the tokenizer merges with what follows, so the assistant's tokens "
                 "cannot be located; add the marks to the template or set loss: all"
             )
         # What the template writes behind the end of the turn is never generated.
@@ -171,7 +171,7 @@ def _template(task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(template, dict) and template:
         if "default" not in template:
             raise ValueError(
-                f"task {task.name!r}: the tokenizer has the chat templates {', '.join(sorted(template))} and none named "
+                f"task {task.name!r}: the tokenizer has the chat templates {', '.join(sorted(template))}, none of them "
                 "default; set tokenizer.chat_template to one of them and save the tokenizer"
             )
         template = template["default"]
@@ -202,3 +202,10 @@ def _render(
         )
     except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(f"task {task.name!r}: the chat template does not take the conversation: {error}") from error
+    except ValueError as error:
+        if messages:
+            raise
+        raise ValueError(
+            f"task {task.name!r}: a conversation begins with the reply to be located, and no empty conversation "
+            "can be rendered before it; put a turn of the user first, or leave out such rows"
+        ) from error

@@ -83,7 +83,7 @@ class TaskConfig:
         if self.loss is not None and self.loss != "all" and (self.loss == "assistant") != (self.messages is not None):
             fail(f"loss={self.loss!r} does not fit; use 'answer' with a prompt, 'assistant' with messages, or 'all'")
         if not (self.weight > 0 and math.isfinite(self.weight)):
-            fail(f"weight={self.weight} must be a finite number above 0; remove the task to leave it out")
+            fail(f"weight={self.weight} must be above 0 and finite; remove the task to leave it out")
         if self.task_label is not None and self.task_label < 0:
             fail(f"task_label={self.task_label} must be at least 0")
         if self.limit is not None and self.limit <= 0:
