@@ -260,6 +260,7 @@ def quickstart(
     from molora.eval.disk import check_directory
 
     check_directory(out, "--out")
+    from molora.eval.quickstart_output import show_quickstart
     from molora.train.quickstart import quickstart as run
 
     terminal.quiet()
@@ -271,7 +272,7 @@ def quickstart(
             score_progress=terminal.score_progress(progress),
             say=lambda text: terminal.err.print(text, highlight=False),
         )
-    terminal.show_quickstart(results, out)
+    show_quickstart(results, out)
 
 
 @app.command(epilog=_examples("molora presets", "molora presets dynmole"))

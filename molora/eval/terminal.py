@@ -93,7 +93,8 @@ def yaml_text(text: str) -> Syntax:
     return Syntax(text, "yaml", background_color="default", word_wrap=True)
 
 
-def _table(title: str, names: list[str]) -> Table:
+def plain_table(title: str, names: list[str]) -> Table:
+    """An empty table; the first column holds names, the others figures."""
     table = Table(title=title, title_justify="left")
     table.add_column(names[0], overflow="fold")
     for name in names[1:]:
@@ -104,7 +105,7 @@ def _table(title: str, names: list[str]) -> Table:
 def model_table(model: Any) -> Table:
     """The adapter and its size."""
     config, counts = model.peft_config["default"], parameters(model)
-    table = _table("model", ["", ""])
+    table = plain_table("model", ["", ""])
     table.show_header = False
     table.add_row("base", str(config.base_model_name_or_path))
     for key in ("placement", "num_experts", "r", "lora_alpha"):
@@ -165,57 +166,10 @@ _AXES = (
 )
 
 
-def comparison_table(title: str, rows: dict[str, dict[str, float]], columns: dict[str, str]) -> Table:
-    """Accuracies in percent; `columns` maps a key of each row to its heading."""
-    table = _table(title, ["", *columns.values()])
-    for name, row in rows.items():
-        table.add_row(name, *(f"{row[key]:.0%}" for key in columns), style="bold" if name == "average" else "")
-    return table
-
-
-def show_quickstart(results: dict[str, Any], folder: Any) -> None:
-    """What `molora quickstart` found: the table, composite prompts, a text by expert, and what to do next."""
-    from rich.text import Text
-
-    columns = {"base": "base", "lora": "one LoRA", "mixture": "mixture"}
-    average = results["average"]
-    out.print(comparison_table("exact match on unseen subjects", {**results["tasks"], "average": average}, columns))
-    del columns["base"]
-    out.print(comparison_table("skills in a row, each on the answer before", results["composite"], columns))
-    counts = results["parameters"]
-    out.print(
-        f"trainable parameters: one LoRA {counts['lora']:,}, mixture {counts['mixture']:,}; {results['seconds']:.0f} s",
-        highlight=False,
-    )
-    if average["mixture"] < average["lora"]:
-        behind = 100 * (average["lora"] - average["mixture"])
-        out.print(
-            f"In this short run the mixture is {behind:.1f} points behind one LoRA: it learns the last skills "
-            "later. Seeds differ by several points, and in longer runs both were level (docs/results.md).",
-            highlight=False,
-        )
-    text = Text()
-    for token, expert in results["tokens"]["tokens"]:
-        text.append(token, style=_EXPERTS[expert % len(_EXPERTS)])
-    out.print(f"\nby expert, as the router of {results['tokens']['router']} chooses:", highlight=False, soft_wrap=True)
-    out.print(text)
-    legend = Text()
-    for expert in sorted({expert for _, expert in results["tokens"]["tokens"]}):
-        legend.append(f" expert {expert} ", style=_EXPERTS[expert % len(_EXPERTS)])
-        legend.append(" ")
-    out.print(legend)
-    out.print(f'\nnext:  molora generate {folder}/mixture "Take 31415, in words:"', highlight=False, soft_wrap=True)
-    out.print(f"       molora train {folder}/mixture/recipe.yaml training.output_dir=runs/mine", highlight=False)
-    out.print("       molora presets", highlight=False)
-
-
-_EXPERTS = ("black on cyan", "black on yellow", "black on green", "black on magenta", "white on blue", "white on red")
-
-
 def data_table(reports: list[Any]) -> Table:
     """What became of every task's rows (:class:`molora.train.mixing.TaskReport`)."""
     names = ["task", "rows", "used", "too long", "no label", "unknown", "tokens", "labels", "share"]
-    table = _table("training data", names)
+    table = plain_table("training data", names)
     for r in reports:
         counts = (r.rows, r.used, r.too_long, r.no_label, r.unknown_tokens)
         cells = [*("-" if count is None else str(count) for count in counts), _short(r.tokens), _short(r.label_tokens)]
@@ -238,7 +192,7 @@ def _short(count: int | None) -> str:
 def score_table(tasks: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
     """Scores in percent with their 95 % intervals; ``before``: those before training, side by side."""
     names = ["task", "metric", "n", *(["before"] if before else []), "score", "95 %", "majority"]
-    table = _table("scores", names)
+    table = plain_table("scores", names)
     notes = []
     for name, entry in tasks.items():
         low, high = entry["interval"]
@@ -254,7 +208,7 @@ def score_table(tasks: dict[str, Any], before: dict[str, Any] | None = None) -> 
 
 def bench_table(name: str, found: dict[str, Any]) -> Table:
     """What one table of `molora bench` found, and which bars hold."""
-    table = _table(f"{name}, {found['gpu']}", ["", "ms", "20-80 %", "peak MiB", "error"])
+    table = plain_table(f"{name}, {found['gpu']}", ["", "ms", "20-80 %", "peak MiB", "error"])
     for row in found["rows"]:
         error = "" if row["error"] is None else f"{row['error']:.1e}"
         spread = f"{row['p20_ms']:.3g}-{row['p80_ms']:.3g}"
