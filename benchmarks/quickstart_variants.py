@@ -29,12 +29,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "router": {"name": "top_k", "top_k": 2, "router_aux_loss_coef": 0.0},
         "lora_alpha": 16,
     },
-    "dense": {"router": {"name": "top_k", "top_k": 4, "init_std": 1e-3}},
-    "tsallis": {"router": {"name": "tsallis", "norm_topk_prob": True, "init_std": 1e-3}},
+    "dense": {"router": {"name": "top_k", "top_k": 4, "init_std": 1e-3}, "lora_alpha": 32},
+    "tsallis": {"router": {"name": "tsallis", "norm_topk_prob": True, "init_std": 1e-3}, "lora_alpha": 32},
     "one LoRA, twice the steps": {"steps": 500},
     "top-2, twice the steps": {"router": {"name": "top_k", "top_k": 2}, "lora_alpha": 16, "steps": 500},
     "tsallis, twice the steps": {
         "router": {"name": "tsallis", "norm_topk_prob": True, "init_std": 1e-3},
+        "lora_alpha": 32,
         "steps": 500,
     },
 }

@@ -25,11 +25,13 @@ from molora.train.skills import CHAINS, SKILLS, skill
 MIXTURE = {
     "num_experts": 4,
     "r": 4,
-    "lora_alpha": 32,
+    # A gate of one half makes this the LoRA's scaling of 2; with 32, a token that uses one expert would take steps four
+    # times as large as the LoRA's.
+    "lora_alpha": 16,
     "placement": "ffn",
     "plain_lora": {"target_modules": "all-linear", "r": 16, "lora_alpha": 32},
     # All experts learn while the router is uncertain, few work once it is certain: with two from the first step, the
-    # mixture is behind one LoRA after as few steps as this (docs/results.md).
+    # mixture is further behind one LoRA after as few steps as this (docs/results.md).
     "router": {"name": "tsallis", "norm_topk_prob": True, "init_std": 1e-3},
 }
 TRAIN_ROWS, TEST_ROWS, CHAIN_ROWS, STEPS = 1200, 40, 10, 310
