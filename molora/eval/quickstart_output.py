@@ -51,5 +51,6 @@ def show_quickstart(results: dict[str, Any], folder: Any) -> None:
         legend.append(" ")
     out.print(legend)
     out.print(f'\nnext:  molora generate {folder}/mixture "Take 31415, in words:"', highlight=False, soft_wrap=True)
-    out.print(f"       molora train {folder}/mixture/recipe.yaml training.output_dir=runs/mine", highlight=False, soft_wrap=True)
+    again = f"molora train {folder}/mixture/recipe.yaml training.output_dir=runs/mine"
+    out.print(f"       {again}", highlight=False, soft_wrap=True)
     out.print("       molora presets", highlight=False)
