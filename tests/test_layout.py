@@ -23,12 +23,13 @@ ALLOWED = {
     "kernels": {"torch", "triton", "megablocks", "grouped_gemm", "stk", "molora.kernels"},
     "routers": {"torch", "molora.routers", "molora.checks", "molora.suggest"},
 }
-# Imports run one way: routers, kernels <- core <- train, eval, serve, integrations <- cli.
+# Imports run one way: routers, kernels <- core <- train, eval, serve, bench, integrations <- cli.
 FORBIDDEN = {
-    "eval": {"molora.train", "molora.cli", "molora_cli"},
-    "serve": {"molora.train", "molora.cli", "molora_cli"},
-    "train": {"molora.cli", "molora_cli"},
-    "integrations": {"molora.cli", "molora_cli"},
+    "eval": {"molora.train", "molora.bench", "molora.cli", "molora_cli"},
+    "serve": {"molora.train", "molora.bench", "molora.cli", "molora_cli"},
+    "train": {"molora.bench", "molora.cli", "molora_cli"},
+    "integrations": {"molora.bench", "molora.cli", "molora_cli"},
+    "bench": {"molora.train", "molora.cli", "molora_cli"},
 }
 
 
@@ -183,7 +184,7 @@ def test_room_never_imports(room: str) -> None:
 
 def test_core_imports_no_outer_package() -> None:
     """The model itself (files directly in molora/) needs no training, evaluation or serving code."""
-    outer = {"molora.train", "molora.eval", "molora.serve", "molora.cli", "molora_cli"}
+    outer = {"molora.train", "molora.eval", "molora.serve", "molora.bench", "molora.cli", "molora_cli"}
     bad = [
         f"{where(path, line)} imports {name}"
         for path in sorted(PACKAGE.glob("*.py"))
