@@ -41,7 +41,8 @@ def measure(
         flush: empties the L2 cache before each call, as a step of a whole model would.
     """
     on_gpu = torch.cuda.is_available()
-    peaks, samples = dict.fromkeys(subjects, 0), {name: [] for name in subjects}  # type: dict[str, int], dict[str, list[float]]
+    peaks = dict.fromkeys(subjects, 0)
+    samples: dict[str, list[float]] = {name: [] for name in subjects}
     for name, subject in subjects.items():
         for _ in range(warmup):
             subject()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from molora.bench.modules import decode, ffn, one_linear
-from molora.bench.subjects import LLAMA_8B, TINY, Shape
-from molora.bench.tables import MODEL_TABLES, Result
+from molora.bench.subjects import LLAMA_8B, TINY
+from molora.bench.tables import MODEL_TABLES, Table
 from molora.checks import check_choice
 from molora.eval.results import environment, write_json
 
-TABLES: dict[str, Callable[[Shape, int], Result]] = {
+TABLES: dict[str, Table] = {
     **MODEL_TABLES,
     "one_linear": one_linear,
     "ffn": ffn,

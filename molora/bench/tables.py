@@ -46,6 +46,10 @@ class Result:
         return {"rows": rows, "bars": [asdict(bar) | {"holds": bar.holds} for bar in self.bars]}
 
 
+Table = Callable[[Shape, int], Result]
+"""Measures a shape, so many repeats."""
+
+
 def gradient_error(model: nn.Module, step: Callable[[], tuple[torch.Tensor, ...]], name: str) -> float:
     """The largest relative error of a gradient against the reference kernel's.
 
@@ -105,35 +109,38 @@ def linear_all(shape: Shape, repeats: int) -> Result:
     return Result(rows, errors, bars)
 
 
-def smora(shape: Shape, repeats: int) -> Result:
-    """Rank-wise routing, 8 of 64 ranks, against PEFT's LoRA of rank 64."""
-    ours = {"molora rank-wise 8 of 64": {"num_experts": 1, "r": 64, "lora_alpha": 16, "router": RankWise()}}
-    peers = {"peft lora r64, bf16 adapters": lambda model: lora(model, 64, fp32=False)}
-    rows, errors = compared(shape, ours, peers, repeats)
-    mine, peer = rows.values()
-    return Result(rows, errors, [Bar("smora", mine.median_ms / peer.median_ms, 1.0)])
+def against(bar: str, limit: float, ours: dict[str, Any], peer: str, make: Callable[[Any], nn.Module]) -> Table:
+    """A table of one mixture, one peer and one bar on their times."""
+
+    def table(shape: Shape, repeats: int) -> Result:
+        rows, errors = compared(shape, {f"molora {bar}": ours}, {peer: make}, repeats)
+        mine, theirs = rows.values()
+        return Result(rows, errors, [Bar(bar, mine.median_ms / theirs.median_ms, limit)])
+
+    return table
 
 
-def many(shape: Shape, repeats: int) -> Result:
-    """64 x r16 top-2 against PEFT's LoRA of rank 32."""
-    ours = {"molora 64 x r16 top-2": {"num_experts": 64, "r": 16, "lora_alpha": 32, "router": TOP_2}}
-    peers = {"peft lora r32, bf16 adapters": lambda model: lora(model, 32, fp32=False)}
-    rows, errors = compared(shape, ours, peers, repeats)
-    mine, peer = rows.values()
-    return Result(rows, errors, [Bar("many", mine.median_ms / peer.median_ms, 1.3)])
-
-
-def against_xlora(shape: Shape, repeats: int) -> Result:
-    """8 x r16 top-2 against PEFT's X-LoRA over eight adapters of rank 16."""
-    ours = {"molora 8 x r16 top-2": {"num_experts": 8, "r": 16, "lora_alpha": 32, "router": TOP_2}}
-    rows, errors = compared(shape, ours, {"peft x-lora 8 x r16": lambda model: xlora(model, 8, 16)}, repeats)
-    mine, peer = rows.values()
-    return Result(rows, errors, [Bar("xlora", mine.median_ms / peer.median_ms, 0.15)])
-
-
-MODEL_TABLES: dict[str, Callable[[Shape, int], Result]] = {
+MODEL_TABLES: dict[str, Table] = {
     "linear_all": linear_all,
-    "smora": smora,
-    "many": many,
-    "xlora": against_xlora,
+    "smora": against(  # 8 of 64 ranks
+        "smora",
+        1.0,
+        {"num_experts": 1, "r": 64, "lora_alpha": 16, "router": RankWise()},
+        "peft lora r64, bf16 adapters",
+        lambda model: lora(model, 64, fp32=False),
+    ),
+    "many": against(
+        "many",
+        1.3,
+        {"num_experts": 64, "r": 16, "lora_alpha": 32, "router": TOP_2},
+        "peft lora r32, bf16 adapters",
+        lambda model: lora(model, 32, fp32=False),
+    ),
+    "xlora": against(
+        "xlora",
+        0.15,
+        {"num_experts": 8, "r": 16, "lora_alpha": 32, "router": TOP_2},
+        "peft x-lora 8 x r16",
+        lambda model: xlora(model, 8, 16),
+    ),
 }
