@@ -13,7 +13,8 @@ from molora.context import Runtime
 from molora.ffn_structure import FFNStructure
 from molora.kernels import selection
 from molora.kernels.reference import combine
-from molora.layers import MixtureSpec, MoloraLayer, RouterPlace, SharedRouting, linear_features
+from molora.layers import MixtureSpec, MoloraLayer, RouterPlace, linear_features
+from molora.shared import SharedRouting
 
 
 class MixedFFN(MoloraLayer):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from molora.kernels.reference import combine
-from molora.layers import linear_features, write_count
+from molora.layers import linear_features
+from molora.shared import write_count
 
 _BARE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (functional.silu, functional.gelu, functional.relu)
 

@@ -1,4 +1,4 @@
-"""A frozen linear with a mixture of LoRA experts (or one ungated LoRA) added to its output."""
+"""What a mixed linear and a mixed FFN have in common: adapters by name, routing, PEFT's bookkeeping."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from molora.aux_loss import attach
 from molora.context import Runtime
 from molora.experts import make_experts, scaling_factor
-from molora.kernels import selection
+from molora.kernel_routing import kernel_routing
 from molora.kernels.reference import Projection
 from molora.record import Site
 from molora.routers import RouterConfig, Routing, Tokens
+from molora.shared import SharedRouting
 
 NOT_MERGEABLE = (
     "a mixture cannot be merged into the base, because its gates differ from token to token; export the adapter itself "
@@ -73,54 +74,6 @@ class RouterPlace:
     layer: int | None = None
     features: int | None = None
     early: bool = False
-
-
-class SharedRouting:
-    """The routing of modules that route by the same tensor, computed by the first and used by all of them.
-
-    Kept only while that tensor is in use: cleared with the last member, and with each forward.
-    """
-
-    def __init__(self) -> None:
-        self.owner: MoloraLayer | None = None
-        self.members = 0
-        self.clear()
-
-    def clear(self) -> None:
-        self.x: Tensor | None = None
-        self.version = 0
-        self.routing: Routing | None = None
-        self.uses = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "x": None, "routing": None, "uses": 0}
-
-    def _same(self, x: Tensor) -> bool:
-        """Whether `x` is what was routed, or an alias of it: ZeRO-3 hands each linear an alias of its own."""
-        if self.x is x or self.x is None or torch.compiler.is_compiling():
-            return self.x is x
-        return (
-            self.x.data_ptr() == x.data_ptr()
-            and self.x.shape == x.shape
-            and self.x.stride() == x.stride()
-            and write_count(x) == self.version
-        )
-
-    def get(self, adapter: str, x: Tensor, key: Tensor) -> Routing:
-        """The routing of the tokens of `x` by the tensor `key`, computed once for all members that pass the same."""
-        if self.routing is None or not self._same(key):
-            assert self.owner is not None
-            self.routing, self.x, self.version, self.uses = self.owner.route(adapter, x), key, write_count(key), 0
-        routing = self.routing
-        self.uses += 1
-        if self.uses >= self.members:
-            self.clear()
-        return routing
-
-
-def write_count(x: Tensor) -> int:
-    """How often `x` was written to. Inference tensors do not count that, and a compiler follows writes by itself."""
-    return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 class MoloraLayer(nn.Module, BaseTunerLayer):
@@ -199,19 +152,20 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
             if adapter in entries and dtype is not None and dtype.is_floating_point:
                 entries[adapter].to(dtype)
 
-    def routing(self, adapter: str, x: Tensor) -> Routing:
-        """The routing of x (..., D) by this layer's router, or by the one it shares."""
+    def routing(self, adapter: str, x: Tensor, logits: Tensor | None = None) -> Routing:
+        """The routing of x (..., D) by this layer's router, or by the one it shares; with the router's logits, if they
+        are known."""
         shared = self.molora_shared.get(adapter)
         if shared is None:
-            return self.route(adapter, x)
+            return self.route(adapter, x, logits)
         assert shared.owner is not None
         if adapter in self.molora_early:
             alike: Routing = shared.owner.molora_router[adapter](x.flatten(0, -2))
             return alike
         name = self.molora_runtime.sites[shared.owner.molora_sites[adapter]].name
-        return shared.get(adapter, x, self.molora_runtime.current_inputs().embeddings.get(name, x))
+        return shared.get(adapter, x, self.molora_runtime.current_inputs().embeddings.get(name, x), logits)
 
-    def route(self, adapter: str, x: Tensor) -> Routing:
+    def route(self, adapter: str, x: Tensor, logits: Tensor | None = None) -> Routing:
         """The routing of x (..., D) by this layer's own router; in training with the router losses on its gates."""
         runtime = self.molora_runtime
         router: Any = self.molora_router[adapter]
@@ -227,8 +181,8 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
                 "task_labels, (rows,) or (rows, length), with each batch (a Trainer drops columns that it does not "
                 "know unless remove_unused_columns=False)"
             )
-        tokens = Tokens(rows, mask, labels, inputs.embeddings.get(site.name))
-        routing: Routing = router(hidden, tokens, with_stats=self.training)
+        tokens = Tokens(rows, mask, labels, inputs.embeddings.get(site.name), logits)
+        routing: Routing = kernel_routing(router, tokens, self.training) or router(hidden, tokens, self.training)
         if routing.stats is not None:
             gates = attach(runtime, self.molora_sites[adapter], routing.gates, routing.stats)
             routing = routing._replace(gates=gates)
@@ -296,66 +250,3 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
-
-
-class MixedLinear(MoloraLayer):
-    """``y = W x + scaling * (G(x) . (x Acat^T)) Bcat`` for each active adapter (design section 1).
-
-    Args:
-        base_layer: nn.Linear, transformers' Conv1D, or a quantised subclass of nn.Linear.
-    """
-
-    def __init__(self, base_layer: nn.Module, runtime: Runtime) -> None:
-        super().__init__(base_layer, runtime, ("",))
-
-    @property
-    def in_features(self) -> int:
-        return linear_features(self.base_layer)[0]  # type: ignore[index]
-
-    @property
-    def out_features(self) -> int:
-        return linear_features(self.base_layer)[1]  # type: ignore[index]
-
-    def update_layer(
-        self, adapter: str, spec: MixtureSpec, place: RouterPlace, shared: SharedRouting | None, inference_mode: bool
-    ) -> None:
-        """Adds an adapter; `shared` where the linear uses a router together with others."""
-        features = linear_features(self.base_layer)
-        assert features is not None
-        self.add_part(adapter, "", features, spec)
-        if spec.router is not None:
-            self.add_router(adapter, features[0], spec, place, shared)
-        self.finish(adapter, inference_mode)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = self.base_layer(x, *args, **kwargs)
-        if self._disable_adapters:
-            return out
-        for adapter in self.active_adapters:
-            if adapter not in self.molora_specs:
-                continue
-            experts = self.experts(adapter, "")
-            assert experts is not None
-            gates = None
-            if self.molora_specs[adapter][""].router is not None:
-                gates = self.routing(adapter, x).gates
-            inplace = owns_output(self.base_layer, x, out)
-            inputs, dropout = self.drop(adapter, "", x)
-            out = selection.mixture_linear(
-                self.molora_runtime.kernel, inputs, gates, experts, out, inplace=inplace, **dropout
-            )
-        return out
-
-
-def owns_output(base_layer: nn.Module, x: Tensor, out: Tensor) -> bool:
-    """Whether the output of a base linear is provably a fresh tensor that nobody else holds, so that the expand may add
-    into it. Subclasses (quantised linears return views), hooks (they may keep the output) and aliases forbid it."""
-    return (
-        type(base_layer) in (nn.Linear, Conv1D)
-        and not base_layer._forward_hooks
-        and "forward" not in vars(base_layer)  # replaced on the instance, as accelerate does
-        and out is not x
-        and out._base is None
-        and out.is_contiguous()
-        and not (out.is_leaf and out.requires_grad)
-    )

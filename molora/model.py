@@ -17,11 +17,13 @@ from molora.config import MoloraConfig
 from molora.context import Runtime, aux_weight
 from molora.ffn import MixedFFN
 from molora.kernels import selection
-from molora.layers import NOT_MERGEABLE, MixedLinear, MoloraLayer, SharedRouting
+from molora.layers import NOT_MERGEABLE, MoloraLayer
+from molora.linear import MixedLinear
 from molora.loading import base_fingerprint, check_state_dict, verify_loaded
 from molora.plan import FFNPlan, LinearPlan, plan_conversion
 from molora.routers import Centroid
 from molora.running_text import centroid_of, check_decoding, reading
+from molora.shared import SharedRead, SharedRouting
 
 
 class MoloraModel(BaseTuner):
@@ -51,6 +53,7 @@ class MoloraModel(BaseTuner):
         config: MoloraConfig = self.peft_config[adapter_name]
         self._plan = plan_conversion(model, config)
         self._shared = {entry.block: SharedRouting() for entry in self._plan.values() if entry.block}
+        self._reads = {entry.reads: SharedRead() for entry in self._plan.values() if isinstance(entry, LinearPlan)}
         runtime = model.__dict__.get("molora_runtime")
         fresh = runtime is None
         self._runtime: Runtime = runtime or Runtime()
@@ -67,7 +70,7 @@ class MoloraModel(BaseTuner):
         finally:
             config.target_modules = targets  # PEFT writes every linear's name over "all-linear"
             config.exclude_modules = excluded
-        self._runtime.shared.extend(self._shared.values())
+        self._runtime.shared.extend([*self._shared.values(), *self._reads.values()])
         if isinstance(config.router, Centroid) and config.router.layer is not None:
             name = next(e.place.name for e in self._plan.values() if e.block)
             layer = model.get_submodule(name)
@@ -108,7 +111,7 @@ class MoloraModel(BaseTuner):
             if not isinstance(layer, MixedLinear):
                 layer = MixedLinear(target, self._runtime)
             shared = self._shared[entry.block] if entry.block else None
-            layer.update_layer(adapter_name, entry.spec, entry.place, shared, inference_mode)
+            layer.update_layer(adapter_name, entry.spec, entry.place, shared, self._reads[entry.reads], inference_mode)
         if layer is not target:
             layer.train(target.training)
             self._replace_module(parent, target_name, layer, target)

@@ -30,10 +30,16 @@ _SAME_INPUT = (
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """A linear to convert; `block` names the group whose router it shares, if it shares one."""
+    """A linear to convert.
+
+    Attributes:
+        reads: names the group of linears that read the same input.
+        block: names the group whose router it shares, if it shares one.
+    """
 
     place: RouterPlace
     spec: MixtureSpec
+    reads: str
     block: str | None = None
 
 
@@ -234,12 +240,13 @@ def _plan_linears(model: nn.Module, config: MoloraConfig, linears: dict[str, nn.
             r=config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), spec.r),
             lora_alpha=config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), spec.lora_alpha),
         )
-        plan[name] = LinearPlan(RouterPlace(name, layer_index(name, config.layers_pattern)), own)
-    if config.placement == "block":
-        for block, members in _blocks(names).items():
-            for name in members:
-                entry = plan[name]
-                assert isinstance(entry, LinearPlan)
+        plan[name] = LinearPlan(RouterPlace(name, layer_index(name, config.layers_pattern)), own, name)
+    for block, members in _blocks(names).items():
+        for name in members:
+            entry = plan[name]
+            assert isinstance(entry, LinearPlan)
+            plan[name] = entry = replace(entry, reads=block)
+            if config.placement == "block":
                 place = replace(entry.place, name=block)
                 plan[name] = replace(entry, place=place, block=block if len(members) > 1 else None)
     return plan
@@ -296,7 +303,8 @@ def _plan_plain_lora(
             raise ValueError(
                 f"plain_lora and the mixture both want {name}; leave it out of one of them with exclude_modules"
             )
-    return {name: LinearPlan(RouterPlace(name), plain) for name in names}
+    reads = {name: block for block, members in _blocks(names).items() for name in members}
+    return {name: LinearPlan(RouterPlace(name), plain, reads[name]) for name in names}
 
 
 def _targets(config: MoloraConfig) -> dict[str, Any]:

@@ -14,6 +14,9 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads that spin while they wait starve whatever else runs on the same cores, by a factor of ten under load.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if not os.path.exists("/dev/nvidia0"):
+    # Triton reads this when it is imported: without a GPU its kernels are interpreted, on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: one thread each, or they fight over them.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -58,3 +61,12 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     yield
+
+
+@pytest.fixture
+def triton_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels run by Triton on CPU tensors too, interpreted; without Triton the test is skipped."""
+    pytest.importorskip("triton")
+    from molora.kernels import launch
+
+    monkeypatch.setattr(launch, "ready", lambda device: True)

@@ -26,7 +26,8 @@ from transformers.models.phi.modeling_phi import PhiMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from molora import MoloraConfig, record_routing
-from molora.layers import MixedLinear, MoloraLayer
+from molora.layers import MoloraLayer
+from molora.linear import MixedLinear
 from molora.routers import Centroid
 from molora.routers.centroid import largest_similarity_weights
 from molora.routers.tsallis import renyi_entropy, tsallis_entropy

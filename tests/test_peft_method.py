@@ -17,7 +17,8 @@ from tiny_models import CELLS, FAMILIES, PLACEMENTS, base_model, config, logits,
 
 import molora
 from molora import MoloraConfig
-from molora.layers import MixedLinear, MoloraLayer
+from molora.layers import MoloraLayer
+from molora.linear import MixedLinear
 
 
 def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from molora import record_routing, routing_report, routing_statistics
 from molora.context import runtime_of
 from molora.ffn import MixedFFN
-from molora.layers import MixedLinear
+from molora.linear import MixedLinear
 from molora.presets import PRESETS
 from molora.routers import Tokens
 

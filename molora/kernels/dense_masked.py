@@ -2,31 +2,32 @@
 
 Two skinny GEMMs and an in-place expand: static shapes, no sort, no host sync. A LoRA is bound by memory traffic, and
 this reads x once and writes y once, where dispatch does both once per chosen expert; it wins up to several hundred
-total ranks. Legend in `reference.py`.
+total ranks. Legend in `reference.py`. The first half, `shrink`, can be shared by linears that read the same input.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from molora.kernels.reference import Projection, dropout_mask, gate_ranks
+from molora.kernels.ranks import gate_ranks, gate_ranks_backward
+from molora.kernels.reference import Projection
+from molora.kernels.shrink import product, shrink
 
 
-class _MixtureLinear(torch.autograd.Function):
+class _Expand(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gates, A, B, scaling, out, dropout, seed, inplace):
-        with torch.autocast(x.device.type, enabled=False):
-            experts = Projection(A, B, scaling)
-            A_cat, B_cat = experts.cat(out.dtype)
-            inputs = x.flatten(0, -2).to(out.dtype)
-            if dropout:
-                inputs = inputs * dropout_mask(x, dropout, seed).flatten(0, -2).to(out.dtype)
-            shrunk = inputs @ A_cat.T
-            ranks = (gate_ranks(shrunk, gates, experts.shares_A) * scaling).to(out.dtype)
-            ctx.save_for_backward(x, gates, A, B, shrunk)
-            ctx.scaling, ctx.dropout, ctx.seed = scaling, dropout, seed
+    def forward(
+        ctx: Any, shrunk: Tensor, gates: Tensor | None, B: Tensor, scaling: float, out: Tensor, inplace: bool
+    ) -> Tensor:
+        with torch.autocast(out.device.type, enabled=False):
+            B_cat = B.flatten(0, 1).to(out.dtype)
+            ranks, kept = gate_ranks(shrunk, gates, len(B_cat), scaling, out.dtype)
+            ctx.save_for_backward(kept, gates, B)
+            ctx.scaling, ctx.dtype = scaling, shrunk.dtype
             if not inplace:
                 return torch.addmm(out.flatten(0, -2), ranks, B_cat).view_as(out)
             ctx.mark_dirty(out)
@@ -35,38 +36,34 @@ class _MixtureLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
-        x, gates, A, B, shrunk = ctx.saved_tensors
-        need_x, need_gates, need_A, need_B = ctx.needs_input_grad[:4]
-        grad_x = grad_gates = grad_A = grad_B = None
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        kept, gates, B = ctx.saved_tensors
+        grad_B = None
         with torch.autocast(grad_out.device.type, enabled=False):
-            experts = Projection(A, B, ctx.scaling)
-            dtype = grad_out.dtype
-            A_cat, B_cat = experts.cat(dtype)
             dy = grad_out.flatten(0, -2)
-            if need_B:
-                ranks = (gate_ranks(shrunk, gates, experts.shares_A) * ctx.scaling).to(dtype)
-                grad_B = (ranks.T @ dy).view_as(B).to(B.dtype)
-            if need_x or need_gates or need_A:
-                grad_ranks = (dy @ B_cat.T) * ctx.scaling
-                if need_gates:
-                    # d loss / d gate in rank space: R products per gate, and no division by the gate.
-                    per_gate = grad_ranks.unflatten(1, (gates.shape[1], -1)).to(gates.dtype)
-                    groups = (1, -1) if experts.shares_A else per_gate.shape[1:]
-                    grad_gates = (per_gate * shrunk.unflatten(1, groups)).sum(-1)
-                if experts.shares_A:
-                    grad_shrunk = (grad_ranks.unflatten(1, (gates.shape[1], -1)) * gates.unsqueeze(-1)).sum(1)
-                else:
-                    grad_shrunk = gate_ranks(grad_ranks, gates, False)
-                grad_shrunk = grad_shrunk.to(dtype)
-                mask = dropout_mask(x, ctx.dropout, ctx.seed).flatten(0, -2).to(dtype) if ctx.dropout else None
-                if need_A:
-                    inputs = x.flatten(0, -2).to(dtype)
-                    grad_A = (grad_shrunk.T @ (inputs if mask is None else inputs * mask)).view_as(A).to(A.dtype)
-                if need_x:
-                    grad_inputs = grad_shrunk @ A_cat
-                    grad_x = (grad_inputs if mask is None else grad_inputs * mask).view_as(x).to(x.dtype)
-        return grad_x, grad_gates, grad_A, grad_B, None, grad_out, None, None, None
+            grad_ranks = dy @ B.flatten(0, 1).to(dy.dtype).T
+            ranks, grad_shrunk, grad_gates = gate_ranks_backward(grad_ranks, kept, gates, ctx.scaling, ctx.dtype)
+            if ctx.needs_input_grad[2]:
+                grad_B = product(ranks.T, dy, B.dtype).view_as(B)
+        return grad_shrunk, grad_gates, grad_B, None, grad_out, None
+
+
+def expand(
+    shrunk: Tensor, gates: Tensor | None, B: Tensor, scaling: float, out: Tensor, inplace: bool = False
+) -> Tensor:
+    """``out + scaling * (gates . shrunk) Bcat``, the second half of `mixture_linear`.
+
+    Args:
+        shrunk: ``x Acat^T``, (T, E*R), or (T, R) where the experts share A; fp32 or the dtype of `out`.
+        gates: (T, G), or None for an ungated LoRA.
+        B: (E, R, O).
+        out: (..., O), T tokens in all.
+        inplace: as for `mixture_linear`.
+
+    Saved for the backward: `shrunk` in the dtype of `out`, and the gates; never a (T, O) tensor.
+    """
+    result: Tensor = _Expand.apply(shrunk, gates, B, scaling, out, inplace)
+    return result
 
 
 def mixture_linear(
@@ -75,6 +72,7 @@ def mixture_linear(
     experts: Projection,
     out: Tensor,
     *,
+    topk_ids: Tensor | None = None,
     dropout: float = 0.0,
     seed: int = 0,
     inplace: bool = False,
@@ -85,4 +83,5 @@ def mixture_linear(
     The dropout mask is made again from its seed. With `inplace` the result is written into `out`, which must then be a
     fresh, contiguous tensor that nobody else reads.
     """
-    return _MixtureLinear.apply(x, gates, *experts, out, dropout, seed, inplace)
+    (shrunk,) = shrink(x, [experts.A.flatten(0, 1)], dtype=out.dtype, dropout=dropout, seed=seed).ranks
+    return expand(shrunk, gates, experts.B, experts.scaling, out, inplace)

@@ -64,6 +64,7 @@ def mixture_linear(
     experts: Projection,
     out: Tensor,
     *,
+    topk_ids: Tensor | None = None,
     dropout: float = 0.0,
     seed: int = 0,
     inplace: bool = False,
@@ -78,6 +79,7 @@ def mixture_linear(
         gates: (T, G), T the product of x's leading sizes; None for an ungated LoRA.
         experts: A, B (any floating dtype; gradients come back in it) and their factor.
         out: output of the frozen linear, (..., O).
+        topk_ids: (T, K) experts with a gate, a hint for kernels that dispatch; this one multiplies by every gate.
         dropout: probability of dropping an input feature, one mask for all experts, 0 <= dropout < 1.
         seed: of the dropout mask.
         inplace: allowed to overwrite `out`; the reference never does.

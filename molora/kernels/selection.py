@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from molora.kernels import dense_masked, dense_masked_ffn, reference
+from molora.kernels import dense_masked, dense_masked_ffn, launch, reference
 
 LINEAR: dict[str, ModuleType] = {"reference": reference, "dense_masked": dense_masked}
 FFN: dict[str, ModuleType] = {"reference": reference, "dense_masked": dense_masked_ffn}
@@ -24,6 +24,15 @@ def _pick(kernels: dict[str, ModuleType], name: str | None) -> ModuleType:
     if name not in kernels:
         raise ValueError(f"unknown kernel {name!r}; choose one of {', '.join(kernels)} (MOLORA_KERNEL or set_kernel)")
     return kernels[name]
+
+
+def reads_first(kernel: str | None, x: torch.Tensor, num_ranks: int) -> bool:
+    """Whether a linear's input is read before the frozen linear runs, by `shrink`, for all that read the same."""
+    if torch.compiler.is_compiling() or not launch.ready(x.device) or x.dtype not in (torch.bfloat16, torch.half):
+        return False
+    if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype:
+        return False
+    return _pick(LINEAR, kernel) is dense_masked
 
 
 def mixture_linear(kernel: str | None, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -23,12 +23,14 @@ class Tokens(NamedTuple):
         mask: (T,) bool, True where a token counts; None means all count.
         task_labels: (T,) int64, the task of each token, negative where it has none; None without labels.
         embedding: (N, D') what a router reads instead of its own input, N dividing T; None: its own input.
+        logits: (T, G) fp32, the product of the router's input with its weight, where it was computed already.
     """
 
     rows: int = 1
     mask: Tensor | None = None
     task_labels: Tensor | None = None
     embedding: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class Routing(NamedTuple):
@@ -192,9 +194,16 @@ class Router(nn.Module):
     def route(self, x: Tensor, tokens: Tokens, with_stats: bool) -> Routing:
         raise NotImplementedError
 
-    def logits(self, x: Tensor) -> Tensor:
-        """``x W^T + b``, (T, G); see `exact_linear`."""
-        return exact_linear(x, self.weight, self.bias)
+    @property
+    def reads_by_itself(self) -> bool:
+        """Whether `logits` is no product of the module's input with the weight, which others may compute."""
+        return False
+
+    def logits(self, x: Tensor, tokens: Tokens | None = None) -> Tensor:
+        """``x W^T + b``, (T, G): as given, or by `exact_linear`."""
+        if tokens is None or tokens.logits is None:
+            return exact_linear(x, self.weight, self.bias)
+        return tokens.logits if self.bias is None else tokens.logits + self.bias
 
     def move(self, counts: Tensor) -> None:
         """Changes non-gradient state at an optimiser step.

@@ -106,6 +106,10 @@ class CentroidRouter(Router):
         self._is_set = False
 
     @property
+    def reads_by_itself(self) -> bool:
+        return True
+
+    @property
     def centroids(self) -> Tensor:
         """(E, D') fp32."""
         return self.centroid_bits.view(torch.float32)

@@ -103,7 +103,7 @@ class RankWiseRouter(Router):
     def route(self, x: Tensor, tokens: Tokens, with_stats: bool) -> Routing:
         config = self.config
         groups = config.active_ranks // config.rank_partition
-        scores = exact_sigmoid(self.logits(x))
+        scores = exact_sigmoid(self.logits(x, tokens))
         biased = scores + config.bias_update_rate * self.bias_steps.to(scores.dtype)
         topk_ids = biased.detach().topk(groups, dim=-1).indices
         chosen = torch.zeros_like(scores).scatter(-1, topk_ids, 1.0)

@@ -109,7 +109,7 @@ class SoftmaxRouter(Router):
         temperature: Any = config.temperature
         if config.learned_temperature:
             temperature = self.log_temperature.exp().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        probs = (self.logits(x) / temperature).softmax(-1)
+        probs = (self.logits(x, tokens) / temperature).softmax(-1)
         stats = None
         if with_stats:
             chosen = torch.ones_like(probs)

@@ -80,7 +80,7 @@ class ThresholdRouter(Router):
 
     def route(self, x: Tensor, tokens: Tokens, with_stats: bool) -> Routing:
         config = self.config
-        probs = self.logits(x).softmax(-1)
+        probs = self.logits(x, tokens).softmax(-1)
         largest = 1 / self.num_gates if config.max_threshold is None else config.max_threshold
         if config.adaptive:
             threshold = largest * exact_sigmoid(exact_linear(x, self.threshold_weight, self.threshold_bias))

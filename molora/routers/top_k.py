@@ -120,13 +120,17 @@ class TopKRouter(Router):
 
     config: TopK
 
+    @property
+    def reads_by_itself(self) -> bool:
+        return self.training and self.config.router_jitter_noise > 0
+
     def route(self, x: Tensor, tokens: Tokens, with_stats: bool) -> Routing:
         config = self.config
-        if self.training and config.router_jitter_noise:
+        if self.reads_by_itself:
             low = 1 - config.router_jitter_noise
             noise = torch.rand(x.shape, dtype=torch.float32, device=x.device)
             x = x * (low + 2 * config.router_jitter_noise * noise)
-        logits = self.logits(x)
+        logits = self.logits(x, tokens)
         probs = logits.softmax(-1)
         topk_weights, topk_ids = probs.topk(config.top_k, dim=-1)
         chosen = torch.zeros_like(probs).scatter(-1, topk_ids, 1.0)

@@ -83,7 +83,7 @@ class TopPRouter(Router):
 
     def route(self, x: Tensor, tokens: Tokens, with_stats: bool) -> Routing:
         config = self.config
-        probs = self.logits(x).softmax(-1)
+        probs = self.logits(x, tokens).softmax(-1)
         scaled = probs if config.temperature is None else probs / config.temperature
         kept = top_p_mask(scaled.detach(), config.top_p, 1, config.include_crossing)
         gates = scaled * kept

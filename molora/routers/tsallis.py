@@ -123,7 +123,7 @@ class TsallisRouter(Router):
 
     def route(self, x: Tensor, tokens: Tokens, with_stats: bool) -> Routing:
         config = self.config
-        probs = self.logits(x).softmax(-1)
+        probs = self.logits(x, tokens).softmax(-1)
         # In fp64, rounded once: the last bits of a power depend on the place in the batch, and a threshold sees them.
         exact = _ENTROPIES[config.entropy](probs.to(widest(probs)), config.q, config.entropy_eps)
         entropy = exact.to(probs.dtype)

@@ -1,0 +1,43 @@
+"""Routers that have a kernel: gates, choices and statistics from logits in one launch each way."""
+
+from __future__ import annotations
+
+from molora.kernels import gates, launch
+from molora.routers import RankWise, Router, Routing, Tokens, TopK
+from molora.routers.rank_wise import RankWiseRouter
+
+
+def kernel_routing(router: Router, tokens: Tokens, with_stats: bool) -> Routing | None:
+    """What ``router(x, tokens, with_stats)`` decides, by kernel; None where the router has none for its settings, or
+    there are no logits to start from. `Router.route` is the reference."""
+    logits, config = tokens.logits, router.config
+    if logits is None or not launch.ready(logits.device) or logits.shape[1] > gates.MAX_GATES:
+        return None
+    if isinstance(config, TopK):
+        if config.task_loss_coef or config.balance_over == "sample" or (router.training and config.has_capacity):
+            return None
+        found = gates.top_k_gates(
+            logits if router.bias is None else logits + router.bias,
+            tokens.mask,
+            top_k=config.top_k,
+            norm_topk_prob=config.norm_topk_prob,
+            temperature=1.0 if router.training else config.router_temperature,
+            with_stats=with_stats,
+            mask_losses=not config.count_padding,
+        )
+        return Routing(*found, config.norm_topk_prob or config.top_k == logits.shape[1])
+    if isinstance(config, RankWise):
+        if router.training and config.moves_in_forward:
+            return None
+        assert isinstance(router, RankWiseRouter)
+        found = gates.rank_wise_gates(
+            logits,
+            router.bias_steps,
+            tokens.mask,
+            top_k=config.active_ranks // config.rank_partition,
+            bias_update_rate=config.bias_update_rate,
+            bias_in_gates=config.bias_in_gates,
+            with_stats=with_stats,
+        )
+        return Routing(*found, False)
+    return None

@@ -1,0 +1,44 @@
+"""Whether Triton kernels can run on a device; where they cannot, the same mathematics runs as plain PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+def ready(device: torch.device) -> bool:
+    """Whether Triton kernels run on `device`. What is in the way on a GPU is logged once."""
+    return device.type == "cuda" and _works(device.index)
+
+
+@functools.cache
+def _works(index: int | None) -> bool:
+    """Compiles and runs one small kernel: a GPU that Triton does not know, or a broken install, shows here."""
+    device = torch.device("cuda", index)
+    try:
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            raise RuntimeError(f"{torch.cuda.get_device_name(device)} has no bf16 matrix units")
+        from molora.kernels.ranks import gate_ranks_triton
+
+        shrunk = torch.ones(2, 4, device=device, dtype=torch.bfloat16)
+        ranks, _ = gate_ranks_triton(shrunk, 2 * torch.ones(2, 2, device=device), 4, 0.5, torch.bfloat16)
+        if not bool((ranks == 1).all()):
+            raise RuntimeError("a test kernel computed something else")
+    except Exception as error:  # whatever a compiler or driver raises: the reason is kept, and plain PyTorch is right
+        logger.warning("Triton kernels are off on %s, plain PyTorch runs instead: %s", device, error)
+        return False
+    return True
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def blocks(n: int, size: int) -> int:
+    """How many blocks of `size` cover n."""
+    return -(-n // size)

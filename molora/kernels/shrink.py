@@ -1,0 +1,168 @@
+"""Several skinny matrices applied to one input, which is read once: the A of all experts, of linears that share the
+input, and the routers' weights with them.
+
+Legend: T tokens, D input features, C ranks of one linear's experts (E*R), G gates of one router, n rows in all.
+
+What a linear adds to its frozen product is bound by memory traffic, so passes over x and its gradient are what counts:
+
+    forward    one GEMM with n columns, read of x
+    backward   one GEMM for the gradient of all matrices, read of x; and one that adds to the gradient of x. The frozen
+               linears read `x` through this operator, so that their gradient of x arrives here and is added to in place
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from molora.kernels.reference import dropout_mask
+
+ALIGNMENT = 8
+"""Rows and columns of a GEMM operand are padded to multiples of 16 bytes."""
+
+
+class Shrunk(NamedTuple):
+    """What `shrink` returns.
+
+    Attributes:
+        x: the input again, for the frozen linears.
+        ranks: for each A ``x A^T``, (T, C).
+        logits: for each router's weight ``x W^T``, (T, G) fp32.
+    """
+
+    x: Tensor
+    ranks: list[Tensor]
+    logits: list[Tensor]
+
+
+class _Options(NamedTuple):
+    num_experts: int  # how many of the matrices belong to experts; the others to routers
+    dtype: torch.dtype
+    dropout: float
+    seed: int
+    adds_in_place: bool
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a @ b`` accumulated in fp32 (fp64 for fp64) and rounded once, to `dtype`."""
+    if a.is_cuda and torch.version.hip is None and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.half):
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+def _pack(matrices: Sequence[Tensor], num_experts: int, dtype: torch.dtype, forward: bool) -> Tensor:
+    """(n, D) in `dtype`: the matrices, and in the forward what rounding the routers' weights has left, below them."""
+    split = forward and dtype in (torch.bfloat16, torch.half) and any(m.dtype != dtype for m in matrices[num_experts:])
+    sizes = [len(m) for m in matrices]
+    rows = sum(sizes) + (sum(sizes[num_experts:]) if split else 0)
+    packed = matrices[0].new_empty(rows + -rows % ALIGNMENT, matrices[0].shape[1], dtype=dtype)
+    packed[rows:] = 0
+    parts = packed[: sum(sizes)].split(sizes)
+    for part, matrix in zip(parts, matrices, strict=True):
+        part.copy_(matrix)
+    if split:
+        rests = packed[sum(sizes) : rows].split(sizes[num_experts:])
+        for rest, part, matrix in zip(rests, parts[num_experts:], matrices[num_experts:], strict=True):
+            rest.copy_(matrix - part)
+    return packed
+
+
+class _Shrink(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, options: _Options, x: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
+        ctx.options = options
+        ctx.save_for_backward(x, *matrices)
+        ctx.set_materialize_grads(False)
+        n, dtype = options.num_experts, options.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            inputs = x.flatten(0, -2).to(dtype)
+            if options.dropout:
+                inputs = inputs * dropout_mask(x, options.dropout, options.seed).flatten(0, -2).to(dtype)
+            sizes = [len(m) for m in matrices]
+            wide_dtype = torch.float32 if x.is_cuda and dtype != torch.float64 else dtype
+            wide = product(inputs, _pack(matrices, n, dtype, True).T, wide_dtype)
+            parts = list(wide[:, : sum(sizes)].split(sizes, 1))
+            if matrices[n:] and wide.shape[1] >= sum(sizes) + sum(sizes[n:]):
+                rests = wide[:, sum(sizes) : sum(sizes) + sum(sizes[n:])].split(sizes[n:], 1)
+                parts[n:] = [part + rest for part, rest in zip(parts[n:], rests, strict=True)]
+            logits = [part.to(torch.float64 if dtype == torch.float64 else torch.float32) for part in parts[n:]]
+            return x, *parts[:n], *logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_x: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *matrices = ctx.saved_tensors
+        options: _Options = ctx.options
+        dtype, none = options.dtype, [None] * len(matrices)
+        if all(grad is None for grad in grads):
+            return None, grad_x, *none
+        with torch.autocast(x.device.type, enabled=False):
+            sizes = [len(m) for m in matrices]
+            tokens = x.shape[:-1].numel()
+            known = [x.new_zeros(tokens, n) if g is None else g for g, n in zip(grads, sizes, strict=True)]
+            if pad := -sum(sizes) % ALIGNMENT:
+                known.append(x.new_zeros(tokens, pad, dtype=known[0].dtype))
+            grad = torch.cat(known, 1).to(dtype)
+            mask = None
+            if options.dropout:
+                mask = dropout_mask(x, options.dropout, options.seed).flatten(0, -2).to(dtype)
+            result: list[Tensor | None] = list(none)
+            if any(ctx.needs_input_grad[2:]):
+                inputs = x.flatten(0, -2).to(dtype)
+                wanted = torch.promote_types(matrices[0].dtype, matrices[-1].dtype)
+                found = product(grad.T, inputs if mask is None else inputs * mask, wanted).split([*sizes, pad])
+                result = [
+                    f.to(m.dtype) if needed else None
+                    for f, m, needed in zip(found, matrices, ctx.needs_input_grad[2:], strict=False)
+                ]
+            if not ctx.needs_input_grad[1]:
+                return None, None, *result
+            packed = _pack(matrices, options.num_experts, dtype, False)
+            if mask is not None:
+                own = ((grad @ packed) * mask).view_as(x).to(x.dtype)
+                return None, own if grad_x is None else grad_x + own, *result
+            if grad_x is None or grad_x.dtype != dtype:
+                own = (grad @ packed).view_as(x).to(x.dtype)
+                return None, own if grad_x is None else grad_x + own, *result
+            if options.adds_in_place and grad_x.is_contiguous():
+                grad_x.view(tokens, -1).addmm_(grad, packed)
+                return None, grad_x, *result
+            return None, torch.addmm(grad_x.reshape(tokens, -1), grad, packed).view_as(x), *result
+
+
+def shrink(
+    x: Tensor,
+    experts: Sequence[Tensor],
+    routers: Sequence[Tensor] = (),
+    *,
+    dtype: torch.dtype | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+    adds_in_place: bool = False,
+) -> Shrunk:
+    """``x M^T`` for several skinny matrices M, with one read of x.
+
+    In 16-bit compute a router's fp32 weight is split in two 16-bit terms, ``W = hi + lo``, whose products are exact in
+    the fp32 accumulator: its logits are those of W to 16 bits of mantissa. A row's logits do not depend on what else is
+    in a batch of the same size. The weight's gradient is computed in the compute dtype.
+
+    Args:
+        x: (..., D).
+        experts: the A of one linear each, (C, D), any float dtype; gradients come back in it.
+        routers: weights (G, D).
+        dtype: compute dtype; None: that of x.
+        dropout: probability of dropping a feature of x, one mask for all matrices, 0 <= dropout < 1.
+        seed: of the dropout mask.
+        adds_in_place: the gradient that comes back for `Shrunk.x` is a fresh tensor that nobody else reads (true where
+            only frozen `nn.Linear`s without hooks read it), so that it may be added to in place.
+
+    Returns:
+        See `Shrunk`. `ranks` are fp32 on a GPU, where they are views of one matrix.
+    """
+    options = _Options(len(experts), dtype or x.dtype, dropout, seed, adds_in_place)
+    alias, *parts = _Shrink.apply(options, x, *experts, *routers)
+    return Shrunk(alias if x.requires_grad else x, parts[: len(experts)], parts[len(experts) :])
