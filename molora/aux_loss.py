@@ -7,9 +7,9 @@ Nothing is added to the loss the trainer sees, so no trainer can drop it, rescal
 - `observe` is the identity on the loss; its backward reads off the incoming gradient the weight w_m that the trainer
   itself gave the micro-batch's mean loss: accumulation, token counts, world size and loss scaling are all inside it.
 
-They are opaque operators, so that `torch.compile` keeps them in place. Their backwards are operators too and take the
-incoming gradient as an argument, or AOTAutograd would hoist them into the forward, where no weight is known yet. The
-`ticket` carries the number of the forward, so that a backward finds its own statistics among several forwards.
+Compiled, they are opaque operators, so that `torch.compile` keeps them in place. Their backwards are operators too and
+take the incoming gradient as an argument, or AOTAutograd would hoist them into the forward, where no weight is known
+yet. The `ticket` carries the number of the forward, so that a backward finds its own statistics among several forwards.
 """
 
 from __future__ import annotations
@@ -63,6 +63,20 @@ def _attach_grad(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Non
 _attach.register_autograd(_attach_grad, setup_context=_attach_setup)
 
 
+class _EagerAttach(torch.autograd.Function):
+    """`_attach` without a dispatcher's price, which a forward of hundreds of routers pays hundreds of times."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, stats: Tensor, runtime: Runtime, site: int) -> Tensor:
+        ctx.runtime, ctx.site = runtime, site
+        ctx.number = runtime.record(site, stats.detach()).number
+        return gates.view_as(gates)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return grad, ctx.runtime.gradient(ctx.number, ctx.site), None, None
+
+
 def attach(runtime: Runtime, site: int, gates: Tensor, stats: Tensor) -> Tensor:
     """The gates, with the router losses hanging on them.
 
@@ -71,7 +85,9 @@ def attach(runtime: Runtime, site: int, gates: Tensor, stats: Tensor) -> Tensor:
         gates: (T, G).
         stats: (S,) statistics of this layer, differentiable.
     """
-    return _attach(gates, stats, runtime.handle, site)[0]
+    if torch.compiler.is_compiling():
+        return _attach(gates, stats, runtime.handle, site)[0]
+    return _EagerAttach.apply(gates, stats, runtime, site)
 
 
 @torch.library.custom_op("molora::observe", mutates_args=(), tags=_TAGS)

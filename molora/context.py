@@ -223,7 +223,7 @@ class Runtime:
             self._count(record)
             task = torch._C._current_graph_task_id()
             if record.backward != task:
-                record.backward, record.weights = task, []
+                record.backward, record.weights, record.weighted = task, [], None
         return record
 
     def add_weight(self, number: int, weight: Tensor | None) -> None:
@@ -231,6 +231,7 @@ class Runtime:
         record = self.enter_backward(number)
         if record is not None:
             record.weights.append(weight)
+            record.weighted = None
 
     def gradient(self, number: int, site: int) -> Tensor:
         """weight * d losses / d statistics of one site, (S,), for the forward with this number."""
@@ -244,7 +245,15 @@ class Runtime:
         if record.grads is None:
             self._compute_losses(record)
         assert record.grads is not None
-        return self._weight(record, record.grads[site]) * record.grads[site]
+        if record.weighted is None:
+            rows = list(record.grads.values())
+            weight = self._weight(record, rows[0])
+            if len({(row.shape, row.device) for row in rows}) == 1:
+                rows = list((weight * torch.stack(rows)).unbind())
+            else:
+                rows = [weight.to(row) * row for row in rows]
+            record.weighted = dict(zip(record.grads, rows, strict=True))
+        return record.weighted[site]
 
     def _count(self, record: ForwardRecord) -> None:
         """Adds the choices of a forward to the window and to the telemetry, once, as its backward begins."""

@@ -12,8 +12,12 @@ from torch.nn import functional
 from molora.context import Runtime
 from molora.ffn_structure import FFNStructure
 from molora.kernels import selection
+from molora.kernels.dense_masked import expand
+from molora.kernels.fused_ffn import Plan, fused_ffn
 from molora.kernels.reference import combine
-from molora.layers import MixtureSpec, MoloraLayer, RouterPlace, linear_features
+from molora.kernels.shrink import shrink
+from molora.layers import MixtureSpec, MoloraLayer, RouterPlace, is_fresh, is_plain_linear, linear_features
+from molora.routers import Routing
 from molora.shared import SharedRouting
 
 
@@ -66,6 +70,8 @@ class MixedFFN(MoloraLayer):
             raise ValueError(f"an FFN mixture takes one active adapter, got {active}; activate one with set_adapter()")
         adapter = active[0]
         structure, base = self.structure, self.base_layer
+        if self._fuses(adapter, x):
+            return self._finished(adapter, x, *self._fused(adapter, x))
         routing = self.routing(adapter, x)
         if self.by_projection[adapter]:
             return self._mixed_by_projection(adapter, x, routing.gates)
@@ -83,15 +89,72 @@ class MixedFFN(MoloraLayer):
             structure.activation(base),
             residual=routing.sums_to_one,
         )
+        return self._finished(adapter, x, routing, hidden, ranks)
+
+    def _fuses(self, adapter: str, x: Tensor) -> bool:
+        """Whether what lies between the frozen linears runs as one kernel."""
+        spec = next(iter(self.molora_specs[adapter].values()))
+        assert spec.router is not None
+        if self.by_projection[adapter] or self.structure.act_name is None or (spec.share_A and spec.num_experts > 1):
+            return False
+        top_k = spec.router.num_chosen(spec.num_experts, spec.r) or spec.num_experts
+        whole = all(self.has_whole_experts(adapter, part) for part in self.molora_specs[adapter])
+        return whole and selection.fuses_ffn(self.molora_runtime.kernel, x, spec.num_experts, top_k, spec.r)
+
+    def _fused(self, adapter: str, x: Tensor) -> tuple[Routing, Tensor, Tensor | None]:
+        """Routing, hidden states and ranks of the down-projection, with one read of x for router and experts."""
+        structure, base = self.structure, self.base_layer
+        experts = {part: self.experts(adapter, f"_{part}") for part in structure.names}
+        ups = [part for part in structure.names if part != "down"]
+        adapted = [e for part in ups if (e := experts[part]) is not None]
+        dropped = self._dropped(adapter, x)
+        router = None if dropped is not x else self.router_beside(adapter)
+        plain = all(is_plain_linear(getattr(base, structure.names[part])) for part in ups)
+        logits, ranks = None, iter(())
+        if adapted or router is not None:
+            read = shrink(
+                dropped,
+                [e.A.flatten(0, 1) for e in adapted],
+                [] if router is None else [router.weight],
+                adds_in_place=plain,
+            )
+            logits, ranks = (read.logits[0] if router is not None else None), iter(read.ranks)
+            x = read.x if dropped is x else x
+        routing = self.routing(adapter, x, logits)
+        pre = [p.flatten(0, -2) for p in structure.pre_activations(base, x)]
+        shrunk = [None if experts[part] is None else next(ranks) for part in ups]
+        B = [None if (e := experts[part]) is None else e.B for part in ups]
+        scales = [0.0 if (e := experts[part]) is None else e.scaling for part in ups]
+        if "gate_up" in structure.names:  # halves of one linear
+            pre = list(pre[0].chunk(2, 1))
+            B = [None, None] if B[0] is None else list(B[0].chunk(2, 2))
+            shrunk, scales = shrunk * 2, scales * 2
+            if structure.up_first:
+                pre, B = pre[::-1], B[::-1]
+        down = experts["down"]
+        assert structure.act_name is not None
+        plan = Plan(
+            structure.act_name,
+            routing.sums_to_one,
+            (scales[0], scales[-1] if len(pre) == 2 else 0.0, 0.0 if down is None else down.scaling),
+        )
+        down_A = None if down is None else down.A
+        return routing, *fused_ffn(pre, shrunk, B, down_A, routing.gates, routing.topk_ids, plan)
+
+    def _finished(self, adapter: str, x: Tensor, routing: Routing, hidden: Tensor, ranks: Tensor | None) -> Tensor:
+        """The output of the FFN: the frozen down-projection, its experts, and what is left of the frozen FFN."""
+        structure, base = self.structure, self.base_layer
         down = getattr(base, structure.names["down"])
         hidden = hidden.view(*x.shape[:-1], -1)
         out: Tensor = down(hidden)
-        if not routing.sums_to_one and getattr(down, "bias", None) is not None:
+        excess = not routing.sums_to_one and getattr(down, "bias", None) is not None
+        if excess:
             # The frozen FFN is scaled by the sum of the gates, and its bias with it.
-            excess = (routing.gates.sum(1) - 1).view(*x.shape[:-1], 1)
-            out = out + (excess * down.bias).to(out.dtype)
-        if (p := experts["down"]) is not None and ranks is not None:
-            out = torch.addmm(out.flatten(0, -2), ranks.to(out.dtype), p.cat(out.dtype)[1]).view_as(out)
+            scale = (routing.gates.sum(1) - 1).view(*x.shape[:-1], 1)
+            out = out + (scale * down.bias).to(out.dtype)
+        if (p := self.experts(adapter, "_down")) is not None and ranks is not None:
+            inplace = not excess and is_plain_linear(down) and is_fresh(out, hidden)
+            out = expand(ranks.to(out.dtype), None, p.B, 1.0, out, inplace)
         if routing.input_weight is not None:
             out = out + (routing.input_weight.view(*x.shape[:-1], 1) * x).to(out.dtype)
         return getattr(base, structure.dropout)(out) if structure.dropout else out

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,14 @@ from torch.nn import functional
 from molora.kernels.reference import combine
 from molora.layers import linear_features
 from molora.shared import write_count
+
+KNOWN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+"""The activations that kernels compute by themselves."""
 
 _BARE_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (functional.silu, functional.gelu, functional.relu)
 
@@ -33,12 +41,14 @@ class FFNStructure:
         act: attribute name of the activation, or the function itself where the module calls it by name.
         up_first: in a fused gate-up, whether the first half of the output is up.
         dropout: the dropout after the down-projection, if there is one.
+        act_name: which of `KNOWN_ACTIVATIONS` the activation is, if it is one.
     """
 
     parts: tuple[tuple[str, str], ...]
     act: str | Callable[[Tensor], Tensor]
     up_first: bool = False
     dropout: str | None = None
+    act_name: str | None = None
 
     @property
     def names(self) -> dict[str, str]:
@@ -146,12 +156,23 @@ def _probe(module: nn.Module) -> FFNStructure:
                 except (TypeError, RuntimeError, AttributeError):
                     continue  # what this guess takes for the activation is something else
                 if got.shape == want.shape and _equal(got, want, 32 * torch.finfo(want.dtype).eps):
-                    return structure
+                    return replace(structure, act_name=_activation_name(structure, module))
     finally:
         module.train(training)
         for layer in adapters:
             layer._disable_adapters = False
     raise ValueError("its output is not down(act(gate(x)) * up(x)) nor down(act(up(x))) of its own parts")
+
+
+def _activation_name(structure: FFNStructure, module: nn.Module) -> str | None:
+    """The known activation that agrees with this one over the range where they differ, to fp32's rounding."""
+    act = getattr(module, structure.act) if isinstance(structure.act, str) else structure.act
+    x = torch.linspace(-12, 12, 4001, device=next(module.parameters()).device)
+    try:
+        want = act(x.clone())
+    except (TypeError, RuntimeError):  # it takes no tensor of this dtype or shape
+        return None
+    return next((n for n, f in KNOWN_ACTIVATIONS.items() if torch.allclose(want, f(x), rtol=1e-5, atol=1e-6)), None)
 
 
 def _probe_input(module: nn.Module, first_linear: str) -> Tensor:

@@ -59,6 +59,21 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
 
 
+def is_plain_linear(base: nn.Module) -> bool:
+    """Whether a frozen linear is nothing but a matrix product: of its kind exactly, unhooked, not replaced.
+
+    Its output is then a fresh tensor, and so is the gradient of its input. Subclasses (quantised linears) may return
+    views, hooks may keep what they see.
+    """
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    return type(base) in (nn.Linear, Conv1D) and not hooked and "forward" not in vars(base)
+
+
+def is_fresh(out: Tensor, x: Tensor) -> bool:
+    """Whether the output of a plain linear is a tensor of its own, which may be added into."""
+    return out is not x and out._base is None and out.is_contiguous() and not (out.is_leaf and out.requires_grad)
+
+
 @dataclass(frozen=True)
 class RouterPlace:
     """Where a router sits.
@@ -220,6 +235,16 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         A: Tensor = getattr(self, f"molora_A{part}")[adapter]()
         B: Tensor = getattr(self, f"molora_B{part}")[adapter]()
         return Projection(A, B, spec.scaling)
+
+    def router_beside(self, adapter: str) -> Any:
+        """This layer's own router, if its logits are a product of the layer's input that others may compute."""
+        router: Any = dict(self.molora_router.items()).get(adapter)
+        return None if router is None or router.reads_by_itself else router
+
+    def has_whole_experts(self, adapter: str, part: str) -> bool:
+        """Whether the expert parameters can be read outside of this layer's forward: not offloaded nor partitioned."""
+        A = getattr(self, f"molora_A{part}")[adapter].weight
+        return not (A.is_meta or A.numel() == 0 or hasattr(A, "ds_id"))
 
     def drop(self, adapter: str, part: str, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The experts' input with dropout, or the input and what makes a kernel drop: probability and seed.

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from molora.context import Runtime
 from molora.kernels import selection
 from molora.kernels.dense_masked import expand
-from molora.layers import MixtureSpec, MoloraLayer, RouterPlace, linear_features
+from molora.layers import MixtureSpec, MoloraLayer, RouterPlace, is_fresh, is_plain_linear, linear_features
 from molora.shared import Read, SharedRead, SharedRouting
 
 
@@ -60,20 +59,12 @@ class MixedLinear(MoloraLayer):
 
     @property
     def base_is_plain(self) -> bool:
-        """Whether the frozen linear is nothing but a matrix product: of its kind exactly, unhooked, not replaced. Its
-        output is then a fresh tensor, and so is the gradient of its input. Subclasses (quantised linears) may return
-        views, hooks may keep what they see."""
-        base = self.base_layer
-        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        return type(base) in (nn.Linear, Conv1D) and not hooked and "forward" not in vars(base)
+        """See `is_plain_linear`."""
+        return is_plain_linear(self.base_layer)
 
     def takes_part(self, adapter: str) -> bool:
         """Whether this layer's experts run now, so that another may read the input for them."""
         return not self._disable_adapters and adapter in self.active_adapters
-
-    def router_reads_along(self, adapter: str) -> bool:
-        """Whether this layer has a router whose logits are a product of the layer's own input."""
-        return adapter in self.molora_router and not self.molora_router[adapter].reads_by_itself
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [] if self._disable_adapters else [a for a in self.active_adapters if a in self.molora_specs]
@@ -125,10 +116,4 @@ class MixedLinear(MoloraLayer):
 
     def _owns_output(self, x: Tensor, out: Tensor) -> bool:
         """Whether `out` is provably a fresh tensor that nobody else holds, so that the expand may add into it."""
-        return (
-            self.base_is_plain
-            and out is not x
-            and out._base is None
-            and out.is_contiguous()
-            and not (out.is_leaf and out.requires_grad)
-        )
+        return self.base_is_plain and is_fresh(out, x)

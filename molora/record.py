@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from molora.routers import Router, SiteStats
 from molora.routers.base import common_size, split_statistics
@@ -68,6 +69,7 @@ class ForwardRecord:
         backward: the backward that filled `weights`.
         given_weight: the weight set by `aux_weight`, which then holds.
         grads: for each site the gradient of the losses; made at the first backward, when all layers have recorded.
+        weighted: `grads` times the weight, once that is known.
         losses: for each adapter the value of its router losses, 0-dim.
     """
 
@@ -80,6 +82,7 @@ class ForwardRecord:
     backward: int = -1
     given_weight: float | None = None
     grads: dict[int, Tensor] | None = None
+    weighted: dict[int, Tensor] | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -108,6 +111,14 @@ def token_mask(attention_mask: Any) -> Tensor | None:
     return attention_mask.bool().flatten() if attention_mask.dim() == 2 else None
 
 
+def _alike(stats: Mapping[int, Tensor], sites: Sequence[Site]) -> list[tuple[list[int], Tensor]]:
+    """The statistics (n, S) of n routers each, in groups of one shape: a few operations for hundreds of routers."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for site, values in stats.items():
+        groups.setdefault((sites[site].router.num_gates, values.shape, values.device), []).append(site)
+    return [(numbers, torch.stack([stats[n] for n in numbers])) for numbers in groups.values()]
+
+
 @torch.no_grad()
 def count_choices(stats: Mapping[int, Tensor], sites: Sequence[Site], window: Window, use: dict[int, Tensor]) -> None:
     """Adds the choices of a forward to the window, and to the sums of the telemetry.
@@ -115,13 +126,19 @@ def count_choices(stats: Mapping[int, Tensor], sites: Sequence[Site], window: Wi
     Args:
         use: for each router ``[tokens, tokens * each other common statistic]``.
     """
-    for site, values in stats.items():
-        router = sites[site].router
-        common = values[: common_size(router.num_gates)].float()
-        if router.config.moves_at_step:
-            window.count(site, common[0], split_statistics(values, router.num_gates)[0]["load"])
-        sums = torch.cat([common[:1], common[1:] * common[0]])
-        use[site] = use[site] + sums if site in use else sums
+    for numbers, values in _alike(stats, sites):
+        num_gates = sites[numbers[0]].router.num_gates
+        common = values[:, : common_size(num_gates)].float()
+        moving = [i for i, n in enumerate(numbers) if sites[n].router.config.moves_at_step]
+        if moving:
+            loads = torch.stack([split_statistics(values[i], num_gates)[0]["load"] for i in moving])
+            window.count([numbers[i] for i in moving], common[moving, 0], loads)
+        sums = torch.cat([common[:, :1], common[:, 1:] * common[:, :1]], 1)
+        if all(n in use for n in numbers):
+            sums = sums + torch.stack([use[n] for n in numbers])
+        else:
+            sums = torch.stack([row + use[n] if n in use else row for n, row in zip(numbers, sums, strict=True)])
+        use.update(zip(numbers, sums.unbind(), strict=True))
 
 
 @torch.no_grad()
@@ -135,17 +152,21 @@ def router_gradients(
         numbers = [number for number in stats if sites[number].adapter == adapter]
         routers = [sites[number].router for number in numbers]
         device = stats[numbers[0]].device  # a model may lie on several
-        split = [split_statistics(stats[n].to(device), r.num_gates) for n, r in zip(numbers, routers, strict=True)]
+        starts = [common_size(router.num_gates) for router in routers]
+        own = [stats[n].to(device)[start:] for n, start in zip(numbers, starts, strict=True)]
         infos = [
-            SiteStats(own, router.num_gates, sites[number].layer)
-            for (_, own), router, number in zip(split, routers, numbers, strict=True)
+            SiteStats(values, router.num_gates, sites[number].layer)
+            for values, router, number in zip(own, routers, numbers, strict=True)
         ]
         config = routers[0].config
         if config.pool_over != "micro":
-            counted = "positions" if config.counts_padding else "tokens"
-            infos = window.pool(adapter, config, infos, split[0][0][counted])
+            counted = split_statistics(stats[numbers[0]], routers[0].num_gates)[0]
+            infos = window.pool(adapter, config, infos, counted["positions" if config.counts_padding else "tokens"])
         losses = config.losses(infos)
         values[adapter] = losses.value
-        for number, router, own in zip(numbers, routers, losses.grads, strict=True):
-            grads[number] = torch.cat([own.new_zeros(common_size(router.num_gates)), own])
+        if len({(start, grad.shape) for start, grad in zip(starts, losses.grads, strict=True)}) == 1:
+            whole = functional.pad(torch.stack(losses.grads), (starts[0], 0)).unbind()
+        else:
+            whole = tuple(functional.pad(g, (start, 0)) for g, start in zip(losses.grads, starts, strict=True))
+        grads.update(zip(numbers, whole, strict=True))
     return grads, values

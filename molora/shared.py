@@ -113,7 +113,7 @@ class SharedRead:
     @staticmethod
     def _read(members: list[MixedLinear], adapter: str, x: Tensor) -> dict[MixedLinear, Read]:
         experts = [m.experts(adapter, "") for m in members]
-        routed = [m for m in members if m.router_reads_along(adapter)]
+        routed = [m for m in members if m.router_beside(adapter) is not None]
         found = shrink(
             x,
             [e.A.flatten(0, 1) for e in experts if e is not None],

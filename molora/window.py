@@ -40,10 +40,12 @@ class Window:
     def __bool__(self) -> bool:
         return bool(self.counts or self.loads)
 
-    def count(self, site: int, tokens: Tensor, load: Tensor) -> None:
-        """Adds the choices of one micro-batch: the tokens that counted, 0-dim, and choices per token (G,)."""
-        counts = (load.double() * tokens.double()).round().to(torch.int64)
-        self.counts[site] = self.counts[site] + counts if site in self.counts else counts
+    def count(self, sites: Sequence[int], tokens: Tensor, loads: Tensor) -> None:
+        """Adds the choices of one micro-batch: for each router the tokens that counted, (n,), and choices per token,
+        (n, G)."""
+        counts = (loads.double() * tokens.double().unsqueeze(1)).round().to(torch.int64)
+        for site, row in zip(sites, counts, strict=True):
+            self.counts[site] = self.counts[site] + row if site in self.counts else row
 
     def pool(self, adapter: str, config: RouterConfig, sites: Sequence[SiteStats], tokens: Tensor) -> list[SiteStats]:
         """The statistics with F averaged over what `balance_over` names; one all-reduce for all routers."""

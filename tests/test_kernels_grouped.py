@@ -31,10 +31,11 @@ from molora.kernels.reference import Projection
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
-# RMS(error) / RMS(oracle in fp64 on the same rounded inputs), with the worst tensor over all cases in the interpreter.
+# RMS(error) / RMS(oracle in fp64 on the same rounded inputs), with the worst tensor over all cases and
+# three seeds in the interpreter.
 TOLERANCE = {
-    torch.float32: 2e-6,  # MEASURED32
-    torch.float16: 1e-3,  # MEASURED16
+    torch.float32: 2e-6,  # 2.2e-7, gates
+    torch.float16: 1e-3,  # 4.0e-4, output of one token
     torch.bfloat16: 2e-2,  # GPU only
 }
 CASES = {
@@ -224,9 +225,7 @@ def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         mix(leaves | {"A": leaves["A"][:1]}, ids)
     with pytest.raises(TypeError, match="computes in fp32, bf16 or fp16, got an output of torch.float64"):
         mix(leaves | {"out": leaves["out"].double()}, ids)
-    with pytest.raises(
-        ValueError, match=r"expected gates of \(7, 4\) and topk_ids of \(7, K\), got \(7, 4\) and \(6, 2\)"
-    ):
+    with pytest.raises(ValueError, match=r"gates of \(7, 4\) and topk_ids of \(7, K\), got \(7, 4\) and \(6, 2\)"):
         mix(leaves, ids[1:])
     (grad,) = torch.autograd.grad(mix(leaves, ids).square().sum(), leaves["A"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

@@ -265,7 +265,7 @@ def test_jitter_is_for_training_only() -> None:
     x = torch.randn(400, 12)
     seen: list[Tensor] = []
     logits = router.logits
-    router.logits = lambda x: (seen.append(x), logits(x))[1]  # type: ignore[method-assign]
+    router.logits = lambda x, tokens: (seen.append(x), logits(x))[1]  # type: ignore[method-assign]
     still = router(x).gates
     assert torch.equal(seen.pop(), x)
     router.train()

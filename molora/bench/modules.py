@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -15,9 +14,10 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from molora import MoloraConfig
+from molora.bench.correct import gradient_error, gradients, with_kernel
 from molora.bench.measure import Timing, measure
 from molora.bench.subjects import Shape, base, device, dtype
-from molora.bench.tables import TOP_2, Bar, Result, gradient_error, memory_bar
+from molora.bench.tables import TOP_2, Bar, Result, memory_bar
 
 EXPERTS: dict[str, Any] = {
     "task_type": None,
@@ -47,20 +47,6 @@ def holder(module: Callable[[], nn.Module]) -> Holder:
         return Holder(module()).to(dtype()).requires_grad_(False)
 
 
-def gradients(model: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """Forward and backward with a given upstream gradient, to the input and every trainable parameter."""
-    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
-    is_mixture = any("molora_" in name for name, _ in model.named_parameters())
-
-    def step() -> tuple[Tensor, ...]:
-        # Without a loss of the model's own, the weight of the router losses has to be told.
-        with model.aux_weight(1.0) if is_mixture else nullcontext():  # type: ignore[operator]
-            out = model(x)
-        return torch.autograd.grad(out, wanted, dy, allow_unused=True)
-
-    return step
-
-
 def _inputs(tokens: int, width: int, out: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(1, tokens, n, generator=generator).to(device(), dtype()) for n in (width, out))
@@ -74,7 +60,8 @@ def _compared(
     torch.manual_seed(2)
     mixture = get_peft_model(copy.deepcopy(module), ours).train()
     lora = get_peft_model(copy.deepcopy(module), peer, autocast_adapter_dtype=False).train()
-    error = gradient_error(mixture, gradients(mixture, x[:, :256], dy[:, :256]), "molora 8 x r16 top-2")
+    few = gradients(mixture, x[:, :256].detach().requires_grad_(), dy[:, :256])
+    error = gradient_error("molora 8 x r16 top-2", few, with_kernel(mixture, "reference", few))
     subjects = {
         "frozen": gradients(module, x, dy),
         "molora 8 x r16 top-2": gradients(mixture, x, dy),

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
+from molora.bench.correct import module_error
 from molora.bench.measure import Timing, measure
 from molora.bench.subjects import Shape, base, batch, lora, mixture, train_step, xlora
 from molora.routers import RankWise, TopK
@@ -50,27 +50,6 @@ Table = Callable[[Shape, int], Result]
 """Measures a shape, so many repeats."""
 
 
-def gradient_error(model: nn.Module, step: Callable[[], tuple[torch.Tensor, ...]], name: str) -> float:
-    """The largest relative error of a gradient against the reference kernel's.
-
-    Raises:
-        ValueError: it is above the dtype's tolerance, so that nothing wrong is timed.
-    """
-    ours = step()
-    model.set_kernel("reference")  # type: ignore[operator]
-    reference = step()
-    model.set_kernel(None)  # type: ignore[operator]
-    error = max(
-        float((a - b).norm() / b.norm().clamp(min=1e-12))
-        for a, b in zip(ours, reference, strict=True)
-        if a is not None and b is not None
-    )
-    limit = 3e-2 if next(model.parameters()).dtype == torch.bfloat16 else 1e-4
-    if not error <= limit:
-        raise ValueError(f"{name}: a gradient differs from the reference kernel's by {error:.1e}; it is not timed")
-    return error
-
-
 def memory_bar(name: str, mine: Timing, peer: Timing, limit: float) -> list[Bar]:
     """The bar of two peaks, or none where they were not measured."""
     return [Bar(name, mine.peak_bytes / peer.peak_bytes, limit)] if peer.peak_bytes else []
@@ -84,8 +63,7 @@ def compared(
     subjects, errors = {}, {}
     for name, options in ours.items():
         adapted = mixture(model, **options)
-        few = {key: value[:1, :256] for key, value in inputs.items()}
-        errors[name] = gradient_error(adapted, train_step(adapted, few), name)
+        errors[name] = module_error(adapted, name, min(256, shape.length))
         subjects[name] = train_step(adapted, inputs)
     for name, make in peers.items():
         subjects[name] = train_step(make(model), inputs)

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from molora.kernels.ranks import gate_ranks, gate_ranks_backward
 from molora.kernels.reference import Projection
-from molora.kernels.shrink import product, shrink
+from molora.kernels.shrink import shrink
+from molora.kernels.skinny import add_product_, product
 
 
 class _Expand(torch.autograd.Function):
@@ -31,7 +32,7 @@ class _Expand(torch.autograd.Function):
             if not inplace:
                 return torch.addmm(out.flatten(0, -2), ranks, B_cat).view_as(out)
             ctx.mark_dirty(out)
-            out.view(-1, out.shape[-1]).addmm_(ranks, B_cat)
+            add_product_(out.view(-1, out.shape[-1]), ranks, B_cat.contiguous())
             return out
 
     @staticmethod

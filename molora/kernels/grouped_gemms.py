@@ -29,7 +29,7 @@ Plan = tuple[Tensor, ...]
 """`order`, int64, and then whatever else the primitives of one backend need to know about the routing."""
 
 PROBE_TOLERANCE = 2e-2
-"""RMS(error) / RMS(reference), fp32 against bf16; a right backend is at a third of it."""
+"""RMS(error) / RMS(reference in fp32). PyTorch's CPU path is at 3.4e-3 in bf16 and 9.7e-8 in fp32."""
 
 
 class Primitives(NamedTuple):
@@ -39,9 +39,9 @@ class Primitives(NamedTuple):
         sort: (topk_ids, E) to a plan; stable, so that the sums below have a fixed order.
         gather: (T, .), plan, K to the (N, .) copies sorted by expert.
         combine: (N, .), plan, K to (T, .), the sum over the K copies of each token, accumulated in fp32.
-        gemm: (a, b, plan, trans_a=False, trans_b=False): ``a_g b_e`` (N, X) for rows a (N, Y) and weights b (E, Y, X),
-            or b (E, X, Y) with trans_b; with trans_a ``a_g^T b_g`` (E, Y, X) for rows a (N, Y) and b (N, X), zero for an
-            expert without rows. Accumulated in fp32.
+        gemm: (a, b, plan, trans_a=False, trans_b=False), accumulated in fp32. For rows a (N, Y): ``a_e b_e`` (N, X)
+            with weights b (E, Y, X), or b (E, X, Y) if trans_b; if trans_a, ``a_e^T b_e`` (E, Y, X) with rows b (N, X),
+            zero for an expert without rows.
     """
 
     sort: Callable[[Tensor, int], Plan]
@@ -72,7 +72,7 @@ class _MixtureLinear(torch.autograd.Function):
         inplace: bool,
         ops: Primitives,
     ) -> Tensor:
-        # Grouped GEMMs are not among the operations that autocast knows, so it would cast half of what is below.
+        # Autocast knows nothing of grouped GEMMs, yet on a GPU it casts the sums around them to fp32.
         with torch.autocast(x.device.type, enabled=False):
             dtype, K = out.dtype, topk_ids.shape[1]
             inputs = (x * dropout_mask(x, dropout, seed) if dropout else x).flatten(0, -2).to(dtype)
@@ -160,7 +160,7 @@ def mixture_linear(
     """
     num_tokens = x.numel() // x.shape[-1]
     if experts.shares_A:
-        raise ValueError(SHARED_A.format(shape=tuple(experts.A.shape)))
+        raise ValueError("a grouped GEMM " + SHARED_A.format(shape=tuple(experts.A.shape)))
     if gates.shape != (num_tokens, experts.num_experts) or topk_ids.shape[:-1] != (num_tokens,):
         raise ValueError(
             f"expected gates of {(num_tokens, experts.num_experts)} and topk_ids of ({num_tokens}, K), "
@@ -172,7 +172,7 @@ def mixture_linear(
     return result
 
 
-SHARED_A = "experts share one A, of shape {shape}, so there is nothing to sort before the shrink; use dense_masked"
+SHARED_A = "has nothing to sort where the experts share one A, of shape {shape}; use dense_masked"
 
 
 def refusal(
@@ -186,7 +186,7 @@ def refusal(
         return SHARED_A.format(shape=(1, R, D))
     for name, size in (("rank R", R), ("input features D", D), ("output features O", O)):
         if size % 8:
-            return f"{name}={size} is not a multiple of 8, which rows of whole 16 bytes need"
+            return f"needs rows of whole 16 bytes, and {name}={size} is not a multiple of 8"
     return None
 
 
@@ -209,9 +209,9 @@ def probe(mixture: Callable[..., Tensor], device: torch.device, dtype: torch.dty
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             errors = _probe_errors(mixture, device, dtype)
     except Exception as error:  # an extension built for another torch or GPU may raise anything
-        return f"its probe on {device} failed with {type(error).__name__}: {error}"
-    wrong = ", ".join(f"{name} by {e:.1e}" for name, e in errors.items() if not e <= PROBE_TOLERANCE)
-    return f"its probe on {device} is off, relatively, in {wrong}" if wrong else None
+        return f"fails its probe on {device} with {type(error).__name__}: {error}"
+    wrong = ", ".join(f"{name} {e:.1e}" for name, e in errors.items() if not e <= PROBE_TOLERANCE)
+    return f"fails its probe on {device} with relative errors of {wrong}" if wrong else None
 
 
 def _probe_errors(mixture: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Adapter: the sorted mixture of a linear by MegaBlocks, its routing kernels and its grouped GEMM.
 
-`megablocks.ops` sorts, counts, gathers and scatters; `grouped_gemm` multiplies, as in MegaBlocks' own "grouped" MLP. The
-block-sparse MLP is no part of this: stk asks for blocks of 128 columns, more than the rank of an expert, and MegaBlocks
-refuses it from Triton 3.2 on. docs/kernels.md says how to install both packages beside a current torch.
+`megablocks.ops` sorts, counts, gathers and scatters; `grouped_gemm` multiplies, as in MegaBlocks' own "grouped" MLP.
+The block-sparse MLP is no part of this: stk asks for blocks of 128 columns, more than the rank of an expert, and
+MegaBlocks refuses it from Triton 3.2 on. docs/kernels.md says how to install both packages beside a current torch.
 
 grouped_gemm comes in two builds of one name. The default one calls cuBLAS once per expert and wants the group sizes on
 the CPU: one host sync per forward, and no CUDA graph. Built with GROUPED_GEMM_CUTLASS=1 the sizes stay on the GPU, for
@@ -113,12 +113,11 @@ def mixture_linear(
     Source:
         MegaBlocks, arXiv 2211.15841; https://github.com/tgale96/grouped_gemm. Called, not copied.
     """
-    num_elements = topk_ids.numel() * max(x.shape[-1], out.shape[-1])
-    if num_elements >= MAX_ELEMENTS:
+    num_rows, num_features = topk_ids.numel(), max(x.shape[-1], out.shape[-1])
+    if num_rows * num_features >= MAX_ELEMENTS:
         raise ValueError(
-            f"megablocks computes offsets in int32: {topk_ids.numel()} routed rows of up to "
-            f"{max(x.shape[-1], out.shape[-1])} features are {num_elements} elements, 2^31 or more; use fewer tokens per "
-            "step or another kernel"
+            f"megablocks computes offsets in int32, too small for {num_rows} routed rows of {num_features} features "
+            f"({num_rows * num_features} elements, 2^31 or more); use fewer tokens per step or another kernel"
         )
     # Triton and the extensions launch on the current device, which need not be that of x.
     with torch.cuda.device_of(x):
@@ -150,8 +149,8 @@ def why_not(
 def _missing() -> str | None:
     """What keeps the packages from being imported: absent, or built for another torch."""
     try:
-        import grouped_gemm.backend
-        import megablocks.ops  # noqa: F401
+        from grouped_gemm import backend  # noqa: F401
+        from megablocks import ops  # noqa: F401
     except ImportError as error:
         return f"cannot be imported ({type(error).__name__}: {error}); docs/kernels.md says how to install it"
     return None

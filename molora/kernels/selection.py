@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from molora.kernels import dense_masked, dense_masked_ffn, launch, reference
+from molora.kernels import dense_masked, dense_masked_ffn, fused_ffn, launch, reference
 
 LINEAR: dict[str, ModuleType] = {"reference": reference, "dense_masked": dense_masked}
 FFN: dict[str, ModuleType] = {"reference": reference, "dense_masked": dense_masked_ffn}
@@ -26,13 +26,23 @@ def _pick(kernels: dict[str, ModuleType], name: str | None) -> ModuleType:
     return kernels[name]
 
 
-def reads_first(kernel: str | None, x: torch.Tensor, num_ranks: int) -> bool:
+def reads_first(kernel: str | None, x: torch.Tensor, spec: Any) -> bool:
     """Whether a linear's input is read before the frozen linear runs, by `shrink`, for all that read the same."""
+    return _pick(LINEAR, kernel) is dense_masked and _triton_takes(x)
+
+
+def fuses_ffn(kernel: str | None, x: torch.Tensor, num_experts: int, top_k: int, r: int) -> bool:
+    """Whether the middle of an FFN mixture runs as `fused_ffn`."""
+    if _pick(FFN, kernel) is not dense_masked_ffn or not _triton_takes(x):
+        return False
+    return r <= fused_ffn.MAX_RANK and fused_ffn.num_sets(num_experts, top_k) <= fused_ffn.MAX_SETS
+
+
+def _triton_takes(x: torch.Tensor) -> bool:
+    """Whether x has the dtype it is computed in, 16 bits wide, on a device with Triton, in eager mode."""
     if torch.compiler.is_compiling() or not launch.ready(x.device) or x.dtype not in (torch.bfloat16, torch.half):
         return False
-    if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype:
-        return False
-    return _pick(LINEAR, kernel) is dense_masked
+    return not torch.is_autocast_enabled(x.device.type) or torch.get_autocast_dtype(x.device.type) == x.dtype
 
 
 def mixture_linear(kernel: str | None, *args: Any, **kwargs: Any) -> torch.Tensor:

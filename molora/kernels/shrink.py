@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from molora.kernels.reference import dropout_mask
+from molora.kernels.skinny import add_product_, product
 
 ALIGNMENT = 8
 """Rows and columns of a GEMM operand are padded to multiples of 16 bytes."""
@@ -47,27 +48,22 @@ class _Options(NamedTuple):
     adds_in_place: bool
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b`` accumulated in fp32 (fp64 for fp64) and rounded once, to `dtype`."""
-    if a.is_cuda and torch.version.hip is None and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.half):
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
-
-
-def _pack(matrices: Sequence[Tensor], num_experts: int, dtype: torch.dtype, forward: bool) -> Tensor:
-    """(n, D) in `dtype`: the matrices, and in the forward what rounding the routers' weights has left, below them."""
-    split = forward and dtype in (torch.bfloat16, torch.half) and any(m.dtype != dtype for m in matrices[num_experts:])
-    sizes = [len(m) for m in matrices]
-    rows = sum(sizes) + (sum(sizes[num_experts:]) if split else 0)
-    packed = matrices[0].new_empty(rows + -rows % ALIGNMENT, matrices[0].shape[1], dtype=dtype)
-    packed[rows:] = 0
-    parts = packed[: sum(sizes)].split(sizes)
-    for part, matrix in zip(parts, matrices, strict=True):
-        part.copy_(matrix)
-    if split:
-        rests = packed[sum(sizes) : rows].split(sizes[num_experts:])
-        for rest, part, matrix in zip(rests, parts[num_experts:], matrices[num_experts:], strict=True):
-            rest.copy_(matrix - part)
+def _pack(experts: Sequence[Tensor], routers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """(n, D) in `dtype`: experts, routers, what rounding the routers' weights has left, zeros up to the alignment."""
+    num_ranks, num_gates = sum(map(len, experts)), sum(map(len, routers))
+    split = dtype in (torch.bfloat16, torch.half) and any(w.dtype != dtype for w in routers)
+    rows = num_ranks + num_gates * (2 if split else 1)
+    like = [*experts, *routers][0]
+    packed = like.new_empty(rows + -rows % ALIGNMENT, like.shape[1], dtype=dtype)
+    if experts:
+        torch._foreach_copy_(packed[:num_ranks].split([len(m) for m in experts]), list(experts))
+    if routers:
+        weight = routers[0] if len(routers) == 1 else torch.cat([w.float() for w in routers])
+        rounded = packed[num_ranks : num_ranks + num_gates].copy_(weight)
+        if split:
+            torch.sub(weight, rounded, out=packed[num_ranks + num_gates : rows])
+    if rows < len(packed):
+        packed[rows:] = 0
     return packed
 
 
@@ -75,7 +71,6 @@ class _Shrink(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: _Options, x: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
         ctx.options = options
-        ctx.save_for_backward(x, *matrices)
         ctx.set_materialize_grads(False)
         n, dtype = options.num_experts, options.dtype
         with torch.autocast(x.device.type, enabled=False):
@@ -84,7 +79,10 @@ class _Shrink(torch.autograd.Function):
                 inputs = inputs * dropout_mask(x, options.dropout, options.seed).flatten(0, -2).to(dtype)
             sizes = [len(m) for m in matrices]
             wide_dtype = torch.float32 if x.is_cuda and dtype != torch.float64 else dtype
-            wide = product(inputs, _pack(matrices, n, dtype, True).T, wide_dtype)
+            packed = _pack(matrices[:n], matrices[n:], dtype)
+            wide = product(inputs, packed.T, wide_dtype)
+            # The packed matrices with it: half an fp32 parameter's memory, for a dozen launches of the backward.
+            ctx.save_for_backward(x, packed, *matrices)
             parts = list(wide[:, : sum(sizes)].split(sizes, 1))
             if matrices[n:] and wide.shape[1] >= sum(sizes) + sum(sizes[n:]):
                 rests = wide[:, sum(sizes) : sum(sizes) + sum(sizes[n:])].split(sizes[n:], 1)
@@ -95,7 +93,7 @@ class _Shrink(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_x: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *matrices = ctx.saved_tensors
+        x, packed, *matrices = ctx.saved_tensors
         options: _Options = ctx.options
         dtype, none = options.dtype, [None] * len(matrices)
         if all(grad is None for grad in grads):
@@ -121,7 +119,7 @@ class _Shrink(torch.autograd.Function):
                 ]
             if not ctx.needs_input_grad[1]:
                 return None, None, *result
-            packed = _pack(matrices, options.num_experts, dtype, False)
+            packed = packed[: grad.shape[1]]
             if mask is not None:
                 own = ((grad @ packed) * mask).view_as(x).to(x.dtype)
                 return None, own if grad_x is None else grad_x + own, *result
@@ -129,7 +127,7 @@ class _Shrink(torch.autograd.Function):
                 own = (grad @ packed).view_as(x).to(x.dtype)
                 return None, own if grad_x is None else grad_x + own, *result
             if options.adds_in_place and grad_x.is_contiguous():
-                grad_x.view(tokens, -1).addmm_(grad, packed)
+                add_product_(grad_x.view(tokens, -1), grad, packed)
                 return None, grad_x, *result
             return None, torch.addmm(grad_x.reshape(tokens, -1), grad, packed).view_as(x), *result
 

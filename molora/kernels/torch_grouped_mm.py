@@ -84,8 +84,6 @@ def why_not(
     reason = grouped_gemms.refusal(dtype, dtypes, experts_shape, shares_A)
     if device.type not in ("cuda", "cpu"):
         reason = f"runs on cuda and cpu, not on {device.type}"
-    elif not hasattr(F, "grouped_mm"):
-        reason = f"torch {torch.__version__} has no torch.nn.functional.grouped_mm; use 2.10 or later"
     if reason is None:
         reason = grouped_gemms.probe(mixture_linear, device, dtype)
     return reason and f"torch_grouped_mm {reason}"

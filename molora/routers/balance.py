@@ -78,30 +78,35 @@ class BalancedRouterConfig(RouterConfig):
 
     def balance(self, sites: Sequence[SiteStats], extra: int = 0, extra_coefs: Sequence[float] = ()) -> RouterLosses:
         """The balance loss, and the losses ``coef * mean over routers`` of the extra means."""
-        grads = [torch.zeros_like(site.own) for site in sites]
+        grads: list[Tensor] = [sites[0].own] * len(sites)
         value = sites[0].own.new_zeros(())
-        parts = [self.split_own(site.own, site.num_gates, extra) for site in sites]
-        for (means, _, _), grad in zip(parts, grads, strict=True):
-            for i, coef in enumerate(extra_coefs):
-                value = value + coef / len(sites) * means[i]
-                grad[i] = coef / len(sites)
         pools: dict[object, list[int]] = {}
         for i, site in enumerate(sites):
             key = {"model": None, "layer": site.layer, "router": i}[self.balance_pool]
             pools.setdefault(key, []).append(i)
         scale = self.router_aux_loss_coef / (len(pools) if self.balance_reduction == "mean" else 1)
         for members in pools.values():
-            num_experts = sites[members[0]].num_gates
-            load = torch.stack([parts[i][1] if (f := sites[i].pooled) is None else f[None] for i in members]).mean(0)
-            prob = torch.stack([parts[i][2] for i in members]).mean(0)
+            # (n, ...) for the n routers of the pool: a model has hundreds, so nothing is done one by one.
+            own, num_experts = torch.stack([sites[i].own for i in members]), sites[members[0]].num_gates
+            grad = torch.zeros_like(own)
+            for column, coef in enumerate(extra_coefs):
+                if coef:
+                    value = value + coef / len(sites) * own[:, column].sum()
+                    grad[:, column] = coef / len(sites)
+            loads, probs = own[:, extra:].view(len(members), -1, 2, num_experts).unbind(2)
+            pooled = [f for i in members if (f := sites[i].pooled) is not None]
+            load = (torch.stack(pooled).unsqueeze(1) if pooled else loads).mean(0)
+            prob = probs.mean(0)
             weight = scale * num_experts / load.shape[0]
             value = value + weight * (load * prob).sum()
-            for i in members:
-                grad = grads[i][extra:].view(-1, 2, num_experts)
-                grad[:, 1] = load * (weight / len(members))
-                if self.soft_load:
-                    share = sites[i].share
-                    grad[:, 0] = prob * (weight / len(members)) * (1.0 if share is None else share)
+            grad_loads, grad_probs = grad[:, extra:].view(len(members), -1, 2, num_experts).unbind(2)
+            grad_probs.copy_(load * (weight / len(members)))
+            if self.soft_load:
+                shares = [1.0 if (share := sites[i].share) is None else share for i in members]
+                for part, share in zip(grad_loads, shares, strict=True):
+                    part.copy_(prob * (weight / len(members)) * share)
+            for i, row in zip(members, grad.unbind(), strict=True):
+                grads[i] = row
         return RouterLosses(value, grads)
 
     @property

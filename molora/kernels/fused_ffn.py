@@ -1,0 +1,198 @@
+"""Mixture of FFN experts by Triton: what lies between the frozen linears, in one pass each way over (T, F) tensors.
+
+Tokens are visited in blocks that chose the same experts, so that each slot multiplies with R ranks and not with E*R;
+activations are computed again in the backward, so that the only (T, F) tensors kept are the frozen pre-activations.
+Legend in `fused_ffn_kernels.py`. The reference is `reference.mixture_ffn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from molora.kernels.launch import blocks, power_of_2
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+MAX_SETS = 1024
+"""Sets of experts that a token can choose: each begins a block of its own, so many sets leave blocks empty."""
+MAX_RANK = 64
+BLOCK_T, BLOCK_F = 64, 64
+
+
+class Plan(NamedTuple):
+    """What is the same for all tokens.
+
+    Attributes:
+        act: one of ACTIVATIONS.
+        residual: the frozen FFN enters with weight one (gates sum to one).
+        scales: of the experts of the first, the second and the down-projection; 0 where one has none.
+    """
+
+    act: str
+    residual: bool
+    scales: tuple[float, float, float]
+
+
+def num_sets(num_experts: int, top_k: int) -> int:
+    """How many keys the sets of `top_k` of `num_experts` are given."""
+    return 1 if top_k == num_experts else min(num_experts**top_k, 2**num_experts)
+
+
+def _keys(ids: Tensor, num_experts: int) -> Tensor:
+    """(T, 1) the key of each token's set; ids (T, K) ascending."""
+    if ids.shape[1] == num_experts:
+        return torch.zeros_like(ids[:, :1])
+    if num_experts ** ids.shape[1] <= 2**num_experts:
+        key = ids[:, :1]
+        for j in range(1, ids.shape[1]):
+            key = key * num_experts + ids[:, j : j + 1]
+        return key
+    return torch.bitwise_left_shift(torch.ones_like(ids), ids).sum(1, keepdim=True)
+
+
+class _FusedFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, ids: Tensor, gates: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Any]:
+        from molora.kernels import fused_ffn_kernels, grouped
+        from molora.kernels.grouped_kernels import topology_kernel
+
+        pre0, pre1, s0, s1, b0, b1, a2 = tensors
+        assert pre0 is not None
+        (T, F), E, dtype = pre0.shape, gates.shape[1], pre0.dtype
+        K = ids.shape[1]
+        R = next(m.shape[1] for m in (b0, b1, a2) if m is not None)
+        ids = ids.sort(1).values.to(torch.int32)
+        index = grouped.topology(_keys(ids, E), num_sets(E, K), BLOCK_T)
+        s0, s1 = (None if s is None else s.to(dtype).contiguous() for s in (s0, s1))
+        b0, b1, a2 = (_rows(m, dtype) for m in (b0, b1, a2))
+        sizes = {"E": E, "K": K, "R": R, "GATED": pre1 is not None, "ACT": plan.act}
+        sizes |= {"HAS0": b0 is not None, "HAS1": b1 is not None, "HAS2": a2 is not None, "BLOCK_T": BLOCK_T}
+        sizes |= {"BLOCK_F": BLOCK_F, "BLOCK_R": max(16, power_of_2(R)), "num_warps": 4}
+        per_chunk = blocks(F, min(blocks(F, BLOCK_F), blocks(1024, max(1, T // BLOCK_T))))
+        wide = {"BLOCK_KR": power_of_2(K) * sizes["BLOCK_R"], "CHUNK": blocks(per_chunk, BLOCK_F) * BLOCK_F}
+        chunks = blocks(F, wide["CHUNK"])
+        hidden = torch.empty(T, F, dtype=dtype, device=pre0.device)
+        partial = torch.empty(chunks if a2 is not None else 0, T, K, R, device=pre0.device)
+        fused_ffn_kernels.ffn_fwd_kernel[(index.tile_experts.shape[1], chunks)](
+            *_pointers(pre0, pre1, s0, s1, b0, b1, a2), gates, ids, hidden, partial, *index,
+            T, num_sets(E, K), F, *_strides(pre0, pre1, b0, b1), *plan.scales[:2],
+            RESIDUAL=plan.residual, EXACT=isinstance(topology_kernel, _jit()), **sizes, **wide,
+        )  # fmt: skip
+        ctx.plan, ctx.sizes, ctx.wide = plan, sizes, wide
+        ctx.save_for_backward(ids, gates, pre0, pre1, s0, s1, *tensors[4:], *index)
+        ctx.set_materialize_grads(False)
+        if a2 is None:
+            return hidden, None
+        ranks = partial.sum(0) * (plan.scales[2] * gates.gather(1, ids.long())).unsqueeze(2)
+        return hidden, _dense(ranks, ids, E).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dm: Tensor | None, grad_ranks: Tensor | None) -> tuple[Any, ...]:
+        from molora.kernels import fused_ffn_kernels
+
+        ids, gates, pre0, pre1, s0, s1, *experts, order, offsets, tiles = ctx.saved_tensors
+        plan, sizes, wide = ctx.plan, ctx.sizes, ctx.wide
+        (T, F), E, K, R, dtype = pre0.shape, sizes["E"], sizes["K"], sizes["R"], pre0.dtype
+        b0, b1, a2 = (_rows(m, dtype) for m in experts)
+        dm = torch.zeros_like(pre0, memory_format=torch.contiguous_format) if dm is None else dm.contiguous()
+        sizes = sizes | {"HAS2": sizes["HAS2"] and grad_ranks is not None}
+        s2 = None if grad_ranks is None else grad_ranks.to(dtype).contiguous()
+        chunks = blocks(F, wide["CHUNK"])
+        d0 = torch.empty_like(dm)
+        d1 = None if pre1 is None else torch.empty_like(dm)
+        sums = torch.empty(chunks, T, 2 * K * R + K, device=dm.device)
+        read = (*_pointers(pre0, pre1, s0, s1, s2, b0, b1, a2), gates, ids, dm)
+        shape = (F, *_strides(pre0, pre1, b0, b1), *plan.scales)
+        keys = num_sets(E, K)
+        fused_ffn_kernels.ffn_bwd_rows_kernel[(tiles.shape[1], chunks)](
+            *read, *_pointers(d0, d1), sums, order, offsets, tiles, T, keys, *shape,
+            RESIDUAL=plan.residual, BLOCK_K=power_of_2(K), **sizes, **wide,
+        )  # fmt: skip
+        # Zeros, because nothing is written for a down-projection whose ranks nobody used.
+        grads = [None if m is None else torch.zeros(E, R, F, dtype=m.dtype, device=dm.device) for m in experts]
+        fused_ffn_kernels.ffn_bwd_experts_kernel[(E * blocks(F, BLOCK_F),)](
+            *read, *_pointers(*grads, like=dm), order, offsets, tiles, T, keys, tiles.shape[1], *shape, **sizes,
+        )  # fmt: skip
+        total = sums.sum(0)
+        ds = [
+            None if s is None else _dense(total[:, i * K * R : (i + 1) * K * R].unflatten(1, (K, R)), ids, E)
+            for i, s in enumerate((s0, s1))
+        ]
+        grad_gates = torch.zeros_like(gates).scatter_(1, ids.long(), total[:, 2 * K * R :])
+        return None, None, grad_gates, d0, d1, *ds, *grads
+
+
+def _jit() -> type:
+    import triton
+
+    return triton.JITFunction
+
+
+def _rows(matrix: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(E, R, F) in `dtype`, rows equally far apart and contiguous: a view of halves of a wider matrix too."""
+    if matrix is None:
+        return None
+    matrix = matrix.to(dtype)
+    regular = matrix.stride(2) == 1 and matrix.stride(0) == matrix.shape[1] * matrix.stride(1)
+    return matrix if regular else matrix.contiguous()
+
+
+def _pointers(*tensors: Tensor | None, like: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The tensors, with any one of them in the place of an absent one, which the kernel then does not read."""
+    some = next((t for t in tensors if t is not None), like)
+    assert some is not None
+    return tuple(some if t is None else t for t in tensors)
+
+
+def _strides(pre0: Tensor, pre1: Tensor | None, b0: Tensor | None, b1: Tensor | None) -> tuple[int, ...]:
+    strides = (pre0.stride(0), 0 if pre1 is None else pre1.stride(0))
+    return (*strides, *(0 if b is None else b.stride(1) for b in (b0, b1)))
+
+
+def _dense(values: Tensor, ids: Tensor, num_experts: int) -> Tensor:
+    """(T, E*R) with the values (T, K, R) of each token's experts, zero for the others."""
+    T, _, R = values.shape
+    dense = values.new_zeros(T, num_experts, R)
+    return dense.scatter_(1, ids.long().unsqueeze(2).expand(values.shape), values).flatten(1)
+
+
+def fused_ffn(
+    pre: Sequence[Tensor],
+    shrunk: Sequence[Tensor | None],
+    experts: Sequence[Tensor | None],
+    down_A: Tensor | None,
+    gates: Tensor,
+    topk_ids: Tensor | None,
+    plan: Plan,
+) -> tuple[Tensor, Tensor | None]:
+    """The hidden states of a mixture of FFN experts, and the ranks of its down-projection.
+
+    ``h_e = act(p0 + s0 S0_e B0_e) * (p1 + s1 S1_e B1_e)``; ``hidden = h0 + sum_e gate_e (h_e - h0)`` in residual form,
+    else ``sum_e gate_e h_e``; ``ranks_e = s2 gate_e A_e h_e``, as in `reference.mixture_ffn`.
+
+    Args:
+        pre: (p0, p1), or (p0,) for a two-layer FFN; each (T, F), 16-bit or fp32, rows may be strided.
+        shrunk: for each of `pre` its S (T, E*R), the input times A of all experts, or None.
+        experts: for each of `pre` its B (E, R, F), any float dtype, or None.
+        down_A: (E, R, F), or None.
+        gates: (T, E) fp32.
+        topk_ids: (T, K), each expert at most once; None: every expert is one of every token.
+
+    Returns:
+        hidden (T, F), and ranks (T, E*R) or None, in the dtype of `pre`.
+
+    Saved for the backward: `pre`, the shrunk inputs in the compute dtype, gates and indices. The gradients of the
+    matrices are accumulated in fp32 in a fixed order.
+    """
+    if topk_ids is None:
+        topk_ids = torch.arange(gates.shape[1], device=gates.device).expand(gates.shape)
+    two = len(pre) == 2
+    tensors = (pre[0], pre[1] if two else None, shrunk[0], shrunk[1] if two else None)
+    tensors += (experts[0], experts[1] if two else None, down_A)
+    hidden, ranks = _FusedFFN.apply(plan, topk_ids, gates.float().contiguous(), *tensors)
+    return hidden, ranks
