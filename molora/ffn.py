@@ -15,7 +15,7 @@ from molora.kernels import selection
 from molora.kernels.dense_masked import expand
 from molora.kernels.fused_ffn import Plan, fused_ffn
 from molora.kernels.reference import combine
-from molora.kernels.shrink import shrink
+from molora.kernels.shrink import Input, shrink
 from molora.layers import MixtureSpec, MoloraLayer, RouterPlace, is_fresh, is_plain_linear, linear_features
 from molora.routers import Routing
 from molora.shared import SharedRouting
@@ -109,19 +109,18 @@ class MixedFFN(MoloraLayer):
         adapted = [e for part in ups if (e := experts[part]) is not None]
         dropped = self._dropped(adapter, x)
         router = None if dropped is not x else self.router_beside(adapter)
-        plain = all(is_plain_linear(getattr(base, structure.names[part])) for part in ups)
+        entered = Input(x, all(is_plain_linear(getattr(base, structure.names[part])) for part in ups))
+        # Before all else: a device busy with these does not wait for the many small launches that follow.
+        pre = [p.flatten(0, -2) for p in structure.pre_activations(base, entered.x)]
         logits, ranks = None, iter(())
         if adapted or router is not None:
             read = shrink(
-                dropped,
+                entered if dropped is x else dropped,
                 [e.A.flatten(0, 1) for e in adapted],
                 [] if router is None else [router.weight],
-                adds_in_place=plain,
             )
             logits, ranks = (read.logits[0] if router is not None else None), iter(read.ranks)
-            x = read.x if dropped is x else x
-        routing = self.routing(adapter, x, logits)
-        pre = [p.flatten(0, -2) for p in structure.pre_activations(base, x)]
+        routing = self.routing(adapter, entered.x, logits)
         shrunk = [None if experts[part] is None else next(ranks) for part in ups]
         B = [None if (e := experts[part]) is None else e.B for part in ups]
         scales = [0.0 if (e := experts[part]) is None else e.scaling for part in ups]

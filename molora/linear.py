@@ -68,21 +68,20 @@ class MixedLinear(MoloraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [] if self._disable_adapters else [a for a in self.active_adapters if a in self.molora_specs]
-        reads: dict[str, Read] = {}
-        for adapter in active:
-            if self._reads_first(adapter, x):
-                reads[adapter] = self.molora_reads[adapter].get(self, adapter, x)
-                x = reads[adapter].x
+        first = [a for a in active if self._reads_first(a, x)]
+        for adapter in first:
+            x = self.molora_reads[adapter].enter(self, adapter, x)
         out: Tensor = self.base_layer(x, *args, **kwargs)
         for adapter in active:
-            experts, read = self.experts(adapter, ""), reads.get(adapter)
+            experts = self.experts(adapter, "")
             assert experts is not None
+            read = self.molora_reads[adapter].part(self, adapter) if adapter in first else None
             routing = None
             if self.molora_specs[adapter][""].router is not None:
                 routing = self.routing(adapter, x, self._logits(adapter, read))
             gates = None if routing is None else routing.gates
             inplace = self._owns_output(x, out)
-            if read is not None and out.dtype == x.dtype:
+            if read is not None:
                 out = expand(read.ranks, gates, experts.B, experts.scaling, out, inplace)
                 continue
             inputs, dropout = self.drop(adapter, "", x)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from molora.kernels.shrink import shrink
+from molora.kernels.shrink import Input, shrink
 from molora.routers import Routing
 
 if TYPE_CHECKING:
@@ -68,21 +68,21 @@ class Read(NamedTuple):
     """What one linear gets of a pass over its input.
 
     Attributes:
-        x: the input again, which the frozen linear must read: its gradient is completed there.
         ranks: (T, C) of the linear's experts.
         logits: for each layer of the group whose router reads this input (T, G).
     """
 
-    x: Tensor
     ranks: Tensor
-    logits: dict[MixedLinear, Tensor]
+    logits: dict[MoloraLayer, Tensor]
 
 
 class SharedRead:
     """The linears of one adapter that read the same tensor; the first that is called reads for all of them.
 
-    What is read is kept until each of them has had its part. Linears that turn out to be called with different tensors
-    (as in cross-attention) read apart from then on.
+    Each linear takes its input from `enter`, runs its frozen part on that, and then takes its `part` of the pass: a
+    device that is busy with a frozen linear does not wait for the small launches beside it. What is read is kept until
+    each of the linears has had its part. Linears that turn out to be called with different tensors (as in
+    cross-attention) read apart from then on.
     """
 
     def __init__(self) -> None:
@@ -93,32 +93,42 @@ class SharedRead:
     def clear(self) -> None:
         self.x: Tensor | None = None
         self.version = 0
+        self.input: Input | None = None
+        self.waiting: list[MixedLinear] = []
         self.reads: dict[MixedLinear, Read] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "x": None, "reads": {}}
+        return {**self.__dict__, "x": None, "input": None, "waiting": [], "reads": {}}
 
-    def get(self, layer: MixedLinear, adapter: str, x: Tensor) -> Read:
-        """The part of `layer` in a pass over x (..., D)."""
+    def enter(self, layer: MixedLinear, adapter: str, x: Tensor) -> Tensor:
+        """x (..., D) as the frozen linear must read it, so that its gradient is completed."""
         known = self.x is x and self.version == write_count(x)
-        if not (known and layer in self.reads):
-            self.apart = self.apart or (bool(self.reads) and not known)
-            members = [layer] if self.apart else [m for m in self.members if m.takes_part(adapter)]
-            self.x, self.version, self.reads = x, write_count(x), self._read(members, adapter, x)
-        part = self.reads.pop(layer)
+        if not (known and layer in self.waiting):
+            self.apart = self.apart or (bool(self.waiting) and not known)
+            self.waiting = [layer] if self.apart else [m for m in self.members if m.takes_part(adapter)]
+            self.x, self.version, self.reads = x, write_count(x), {}
+            self.input = Input(x, all(m.base_is_plain for m in self.waiting))
+        assert self.input is not None
+        return self.input.x
+
+    def part(self, layer: MixedLinear, adapter: str) -> Read:
+        """What the pass over the input that `layer` has entered gives it."""
         if not self.reads:
+            self._read(adapter)
+        part = self.reads.pop(layer)
+        self.waiting.remove(layer)
+        if not self.waiting:
             self.clear()
         return part
 
-    @staticmethod
-    def _read(members: list[MixedLinear], adapter: str, x: Tensor) -> dict[MixedLinear, Read]:
-        experts = [m.experts(adapter, "") for m in members]
-        routed = [m for m in members if m.router_beside(adapter) is not None]
+    def _read(self, adapter: str) -> None:
+        assert self.input is not None
+        experts = [m.experts(adapter, "") for m in self.waiting]
+        routed: list[MoloraLayer] = [m for m in self.waiting if m.router_beside(adapter) is not None]
         found = shrink(
-            x,
+            self.input,
             [e.A.flatten(0, 1) for e in experts if e is not None],
-            [m.molora_router[adapter].weight for m in routed],
-            adds_in_place=all(m.base_is_plain for m in members),
+            [m.router_beside(adapter).weight for m in routed],
         )
         logits = dict(zip(routed, found.logits, strict=True))
-        return {m: Read(found.x, ranks, logits) for m, ranks in zip(members, found.ranks, strict=True)}
+        self.reads = {m: Read(ranks, logits) for m, ranks in zip(self.waiting, found.ranks, strict=True)}

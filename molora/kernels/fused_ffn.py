@@ -20,7 +20,13 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 MAX_SETS = 1024
 """Sets of experts that a token can choose: each begins a block of its own, so many sets leave blocks empty."""
 MAX_RANK = 64
-BLOCK_T, BLOCK_F = 64, 64
+BLOCK_T = 64
+OPTIONS = {
+    "fwd": {"BLOCK_F": 32, "num_warps": 4, "num_stages": 2, "maxnreg": 168},
+    "rows": {"BLOCK_F": 16, "num_warps": 4, "num_stages": 2, "maxnreg": 168},
+    "experts": {"BLOCK_F": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168},
+}
+"""Launch options of the three kernels: what was fastest on an H100 among tiles that keep to their registers."""
 
 
 class Plan(NamedTuple):
@@ -71,16 +77,16 @@ class _FusedFFN(torch.autograd.Function):
         b0, b1, a2 = (_rows(m, dtype) for m in (b0, b1, a2))
         sizes = {"E": E, "K": K, "R": R, "GATED": pre1 is not None, "ACT": plan.act}
         sizes |= {"HAS0": b0 is not None, "HAS1": b1 is not None, "HAS2": a2 is not None, "BLOCK_T": BLOCK_T}
-        sizes |= {"BLOCK_F": BLOCK_F, "BLOCK_R": max(16, power_of_2(R)), "num_warps": 4}
-        per_chunk = blocks(F, min(blocks(F, BLOCK_F), blocks(1024, max(1, T // BLOCK_T))))
-        wide = {"BLOCK_KR": power_of_2(K) * sizes["BLOCK_R"], "CHUNK": blocks(per_chunk, BLOCK_F) * BLOCK_F}
+        sizes["BLOCK_R"] = max(16, power_of_2(R))
+        chunk = 64 * blocks(F, 64 * min(blocks(F, 64), blocks(1024, max(1, T // BLOCK_T))))
+        wide = {"BLOCK_KR": power_of_2(K) * sizes["BLOCK_R"], "CHUNK": chunk}
         chunks = blocks(F, wide["CHUNK"])
         hidden = torch.empty(T, F, dtype=dtype, device=pre0.device)
         partial = torch.empty(chunks if a2 is not None else 0, T, K, R, device=pre0.device)
         fused_ffn_kernels.ffn_fwd_kernel[(index.tile_experts.shape[1], chunks)](
             *_pointers(pre0, pre1, s0, s1, b0, b1, a2), gates, ids, hidden, partial, *index,
             T, num_sets(E, K), F, *_strides(pre0, pre1, b0, b1), *plan.scales[:2],
-            RESIDUAL=plan.residual, EXACT=isinstance(topology_kernel, _jit()), **sizes, **wide,
+            RESIDUAL=plan.residual, EXACT=isinstance(topology_kernel, _jit()), **sizes, **wide, **OPTIONS["fwd"],
         )  # fmt: skip
         ctx.plan, ctx.sizes, ctx.wide = plan, sizes, wide
         ctx.save_for_backward(ids, gates, pre0, pre1, s0, s1, *tensors[4:], *index)
@@ -93,7 +99,7 @@ class _FusedFFN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dm: Tensor | None, grad_ranks: Tensor | None) -> tuple[Any, ...]:
-        from molora.kernels import fused_ffn_kernels
+        from molora.kernels import fused_ffn_kernels, grouped
 
         ids, gates, pre0, pre1, s0, s1, *experts, order, offsets, tiles = ctx.saved_tensors
         plan, sizes, wide = ctx.plan, ctx.sizes, ctx.wide
@@ -106,17 +112,18 @@ class _FusedFFN(torch.autograd.Function):
         d0 = torch.empty_like(dm)
         d1 = None if pre1 is None else torch.empty_like(dm)
         sums = torch.empty(chunks, T, 2 * K * R + K, device=dm.device)
-        read = (*_pointers(pre0, pre1, s0, s1, s2, b0, b1, a2), gates, ids, dm)
+        read = (*_pointers(pre0, pre1, s0, s1, s2, b0, b1, a2), gates)
         shape = (F, *_strides(pre0, pre1, b0, b1), *plan.scales)
-        keys = num_sets(E, K)
         fused_ffn_kernels.ffn_bwd_rows_kernel[(tiles.shape[1], chunks)](
-            *read, *_pointers(d0, d1), sums, order, offsets, tiles, T, keys, *shape,
-            RESIDUAL=plan.residual, BLOCK_K=power_of_2(K), **sizes, **wide,
+            *read, ids, dm, *_pointers(d0, d1), sums, order, offsets, tiles, T, num_sets(E, K), *shape,
+            BLOCK_K=power_of_2(K), **sizes, **wide, **OPTIONS["rows"],
         )  # fmt: skip
         # Zeros, because nothing is written for a down-projection whose ranks nobody used.
         grads = [None if m is None else torch.zeros(E, R, F, dtype=m.dtype, device=dm.device) for m in experts]
-        fused_ffn_kernels.ffn_bwd_experts_kernel[(E * blocks(F, BLOCK_F),)](
-            *read, *_pointers(*grads, like=dm), order, offsets, tiles, T, keys, tiles.shape[1], *shape, **sizes,
+        by_expert = grouped.topology(ids, E, BLOCK_T)
+        fused_ffn_kernels.ffn_bwd_experts_kernel[(E * blocks(F, OPTIONS["experts"]["BLOCK_F"]),)](
+            *read, dm, *_pointers(*grads, like=dm), by_expert.order, by_expert.offsets, T, *shape,
+            **sizes, **OPTIONS["experts"],
         )  # fmt: skip
         total = sums.sum(0)
         ds = [
@@ -184,7 +191,8 @@ def fused_ffn(
         topk_ids: (T, K), each expert at most once; None: every expert is one of every token.
 
     Returns:
-        hidden (T, F), and ranks (T, E*R) or None, in the dtype of `pre`.
+        hidden (T, F), and ranks (T, E*R) or None, in the dtype of `pre`. In residual form, where gates sum to one, the
+        gradient of the gates is given up to a number for each token, which any gates that sum to one cancel.
 
     Saved for the backward: `pre`, the shrunk inputs in the compute dtype, gates and indices. The gradients of the
     matrices are accumulated in fp32 in a fixed order.

@@ -7,7 +7,7 @@ What a linear adds to its frozen product is bound by memory traffic, so passes o
 
     forward    one GEMM with n columns, read of x
     backward   one GEMM for the gradient of all matrices, read of x; and one that adds to the gradient of x. The frozen
-               linears read `x` through this operator, so that their gradient of x arrives here and is added to in place
+               linears read x through `Input`, so that their gradient of x arrives there and is added to in place
 """
 
 from __future__ import annotations
@@ -30,14 +30,56 @@ class Shrunk(NamedTuple):
     """What `shrink` returns.
 
     Attributes:
-        x: the input again, for the frozen linears.
-        ranks: for each A ``x A^T``, (T, C).
+        ranks: for each A ``x A^T``, (T, C); fp32 on a GPU, where they are views of one matrix.
         logits: for each router's weight ``x W^T``, (T, G) fp32.
     """
 
-    x: Tensor
     ranks: list[Tensor]
     logits: list[Tensor]
+
+
+class _Alias(torch.autograd.Function):
+    """The identity; its backward adds what the shrinks of the same input have left for it, after they have run."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, left: list[tuple[Tensor, Tensor]], adds_in_place: bool) -> Tensor:
+        ctx.left, ctx.adds_in_place, ctx.shape, ctx.dtype = left, adds_in_place, x.shape, x.dtype
+        ctx.set_materialize_grads(False)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_x: Tensor | None) -> tuple[Tensor | None, None, None]:
+        while ctx.left:
+            grad, packed = ctx.left.pop()
+            with torch.autocast(grad.device.type, enabled=False):
+                if grad_x is None:
+                    grad_x = (grad @ packed).view(ctx.shape).to(ctx.dtype)
+                elif grad_x.dtype != grad.dtype:
+                    grad_x = grad_x + (grad @ packed).view(ctx.shape).to(ctx.dtype)
+                elif ctx.adds_in_place and grad_x.is_contiguous():
+                    add_product_(grad_x.view(len(grad), -1), grad, packed)
+                else:
+                    grad_x = torch.addmm(grad_x.reshape(len(grad), -1), grad, packed).view(ctx.shape)
+        return grad_x, None, None
+
+
+class Input:
+    """An input that frozen linears and their experts read, so that its gradient is one tensor that is added to.
+
+    Args:
+        x: (..., D).
+        adds_in_place: the gradient that comes back from the frozen linears is a fresh tensor that nobody else reads
+            (true where only frozen `nn.Linear`s without hooks read it), so that it may be added to in place.
+
+    Attributes:
+        x: what the frozen linears and `shrink` must read.
+    """
+
+    def __init__(self, x: Tensor, adds_in_place: bool) -> None:
+        self.left: list[tuple[Tensor, Tensor]] = []
+        needs_grad = torch.is_grad_enabled() and x.requires_grad
+        self.x: Tensor = _Alias.apply(x, self.left, adds_in_place) if needs_grad else x
 
 
 class _Options(NamedTuple):
@@ -45,7 +87,7 @@ class _Options(NamedTuple):
     dtype: torch.dtype
     dropout: float
     seed: int
-    adds_in_place: bool
+    left: list[tuple[Tensor, Tensor]] | None  # where the gradient of x is left for an `Input`
 
 
 def _pack(experts: Sequence[Tensor], routers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -88,16 +130,16 @@ class _Shrink(torch.autograd.Function):
                 rests = wide[:, sum(sizes) : sum(sizes) + sum(sizes[n:])].split(sizes[n:], 1)
                 parts[n:] = [part + rest for part, rest in zip(parts[n:], rests, strict=True)]
             logits = [part.to(torch.float64 if dtype == torch.float64 else torch.float32) for part in parts[n:]]
-            return x, *parts[:n], *logits
+            return *parts[:n], *logits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_x: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, packed, *matrices = ctx.saved_tensors
         options: _Options = ctx.options
         dtype, none = options.dtype, [None] * len(matrices)
         if all(grad is None for grad in grads):
-            return None, grad_x, *none
+            return None, None, *none
         with torch.autocast(x.device.type, enabled=False):
             sizes = [len(m) for m in matrices]
             tokens = x.shape[:-1].numel()
@@ -120,27 +162,21 @@ class _Shrink(torch.autograd.Function):
             if not ctx.needs_input_grad[1]:
                 return None, None, *result
             packed = packed[: grad.shape[1]]
-            if mask is not None:
-                own = ((grad @ packed) * mask).view_as(x).to(x.dtype)
-                return None, own if grad_x is None else grad_x + own, *result
-            if grad_x is None or grad_x.dtype != dtype:
-                own = (grad @ packed).view_as(x).to(x.dtype)
-                return None, own if grad_x is None else grad_x + own, *result
-            if options.adds_in_place and grad_x.is_contiguous():
-                add_product_(grad_x.view(tokens, -1), grad, packed)
-                return None, grad_x, *result
-            return None, torch.addmm(grad_x.reshape(tokens, -1), grad, packed).view_as(x), *result
+            if options.left is not None and mask is None:
+                options.left.append((grad, packed))
+                return None, None, *result
+            grad_x = grad @ packed
+            return None, (grad_x if mask is None else grad_x * mask).view_as(x).to(x.dtype), *result
 
 
 def shrink(
-    x: Tensor,
+    x: Tensor | Input,
     experts: Sequence[Tensor],
     routers: Sequence[Tensor] = (),
     *,
     dtype: torch.dtype | None = None,
     dropout: float = 0.0,
     seed: int = 0,
-    adds_in_place: bool = False,
 ) -> Shrunk:
     """``x M^T`` for several skinny matrices M, with one read of x.
 
@@ -149,18 +185,14 @@ def shrink(
     in a batch of the same size. The weight's gradient is computed in the compute dtype.
 
     Args:
-        x: (..., D).
+        x: (..., D), or the `Input` of it, which then completes the gradient of x.
         experts: the A of one linear each, (C, D), any float dtype; gradients come back in it.
         routers: weights (G, D).
         dtype: compute dtype; None: that of x.
         dropout: probability of dropping a feature of x, one mask for all matrices, 0 <= dropout < 1.
         seed: of the dropout mask.
-        adds_in_place: the gradient that comes back for `Shrunk.x` is a fresh tensor that nobody else reads (true where
-            only frozen `nn.Linear`s without hooks read it), so that it may be added to in place.
-
-    Returns:
-        See `Shrunk`. `ranks` are fp32 on a GPU, where they are views of one matrix.
     """
-    options = _Options(len(experts), dtype or x.dtype, dropout, seed, adds_in_place)
-    alias, *parts = _Shrink.apply(options, x, *experts, *routers)
-    return Shrunk(alias if x.requires_grad else x, parts[: len(experts)], parts[len(experts) :])
+    left = x.left if isinstance(x, Input) else None
+    x = x.x if isinstance(x, Input) else x
+    parts = _Shrink.apply(_Options(len(experts), dtype or x.dtype, dropout, seed, left), x, *experts, *routers)
+    return Shrunk(list(parts[: len(experts)]), list(parts[len(experts) :]))
