@@ -302,6 +302,10 @@ def bench(
     out: Annotated[Path, typer.Option(help="Directory for TABLE-GPU.json.")] = Path("runs/bench"),
     repeats: Annotated[int, typer.Option(min=1, help="How often each subject is timed.")] = 20,
     tiny: Annotated[bool, typer.Option("--tiny", help="A toy model, to see it work without a GPU.")] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Say which kernel is chosen here, and why; time nothing."),
+    ] = False,
 ) -> None:
     """Measure what a mixture costs beside its peers on this GPU; what differs from the reference is not timed."""
     from molora.eval import terminal
@@ -311,6 +315,11 @@ def bench(
     from molora.bench.run import TABLES, check_tables, run_table
 
     terminal.quiet()
+    if explain:
+        from molora.bench.backends import explain as choices
+        from molora.bench.subjects import LLAMA_8B
+
+        return terminal.out.print(terminal.choice_table(choices(LLAMA_8B)))
     check_tables(tables or [], tiny)
     with _interruptible():
         for name in tables or TABLES:
@@ -318,6 +327,7 @@ def bench(
                 path, found = run_table(name, out, tiny=tiny, repeats=repeats)
             terminal.out.print(terminal.bench_table(name, found))
             terminal.out.print(f"{path}", highlight=False, soft_wrap=True)
+    return None
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -112,14 +113,15 @@ class MixedFFN(MoloraLayer):
         entered = Input(x, all(is_plain_linear(getattr(base, structure.names[part])) for part in ups))
         # Before all else: a device busy with these does not wait for the many small launches that follow.
         pre = [p.flatten(0, -2) for p in structure.pre_activations(base, entered.x)]
-        logits, ranks = None, iter(())
+        logits: Tensor | None = None
+        ranks: Iterator[Tensor] = iter(())
         if adapted or router is not None:
             read = shrink(
                 entered if dropped is x else dropped,
                 [e.A.flatten(0, 1) for e in adapted],
                 [] if router is None else [router.weight],
             )
-            logits, ranks = (read.logits[0] if router is not None else None), iter(read.ranks)
+            logits, ranks = read.logits[0] if router is not None else None, iter(read.ranks)
         routing = self.routing(adapter, entered.x, logits)
         shrunk = [None if experts[part] is None else next(ranks) for part in ups]
         B = [None if (e := experts[part]) is None else e.B for part in ups]

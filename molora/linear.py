@@ -76,35 +76,45 @@ class MixedLinear(MoloraLayer):
             experts = self.experts(adapter, "")
             assert experts is not None
             read = self.molora_reads[adapter].part(self, adapter) if adapter in first else None
-            routing = None
+            gates = topk_ids = None
             if self.molora_specs[adapter][""].router is not None:
                 routing = self.routing(adapter, x, self._logits(adapter, read))
-            gates = None if routing is None else routing.gates
-            inplace = self._owns_output(x, out)
-            if read is not None:
-                out = expand(read.ranks, gates, experts.B, experts.scaling, out, inplace)
+                gates, topk_ids = routing.gates, routing.topk_ids
+            inplace = self.base_is_plain and is_fresh(out, x)
+            if read is not None and read.ranks is not None:
+                out = expand(read.ranks, gates, experts.B, experts.scaling, out, inplace, topk_ids)
                 continue
             inputs, dropout = self.drop(adapter, "", x)
+            kernel = self.molora_runtime.kernel
             out = selection.mixture_linear(
-                self.molora_runtime.kernel,
-                inputs,
-                gates,
-                experts,
-                out,
-                topk_ids=None if routing is None else routing.topk_ids,
-                inplace=inplace,
-                **dropout,
+                kernel, inputs, gates, experts, out, topk_ids=topk_ids, inplace=inplace, **dropout
             )
         return out
 
     def _reads_first(self, adapter: str, x: Tensor) -> bool:
-        """Whether the experts' input is read before the frozen linear, together with others."""
-        spec = self.molora_specs[adapter][""]
-        if self.training and spec.lora_dropout:
+        """Whether the input is read for experts and routers before the frozen linear runs, together with others."""
+        if selection.requested(self.molora_runtime.kernel) == "reference" or not selection.reads_first(x):
             return False
-        A = self.molora_A[adapter].weight
-        partitioned = A.numel() == 0 or A.is_meta or hasattr(A, "ds_id")
-        return not partitioned and selection.reads_first(self.molora_runtime.kernel, x, spec.num_experts * spec.r)
+        spec = self.molora_specs[adapter][""]
+        return self.has_whole_experts(adapter, "") and not (self.training and spec.lora_dropout)
+
+    def shrinks_first(self, adapter: str, x: Tensor) -> bool:
+        """Whether that read gives the ranks too: with a kernel that dispatches it is for the routers alone."""
+        spec = self.molora_specs[adapter][""]
+        top_k = None if spec.router is None else spec.router.num_chosen(spec.num_experts, spec.r)
+        by_expert = spec.router is not None and spec.router.num_gates(spec.num_experts, spec.r) == spec.num_experts
+        shape = selection.Shape(
+            x.shape[:-1].numel(),
+            self.in_features,
+            self.out_features,
+            spec.num_experts,
+            spec.r,
+            top_k if by_expert else None,
+            spec.share_A and spec.num_experts > 1,
+            x.dtype,
+            x.device,
+        )
+        return selection.choose(self.molora_runtime.kernel, shape).kernel == "dense_masked"
 
     def _logits(self, adapter: str, read: Read | None) -> Tensor | None:
         if read is None:
@@ -112,7 +122,3 @@ class MixedLinear(MoloraLayer):
         shared = self.molora_shared.get(adapter)
         owner = self if shared is None else shared.owner
         return read.logits.get(owner)  # type: ignore[arg-type]
-
-    def _owns_output(self, x: Tensor, out: Tensor) -> bool:
-        """Whether `out` is provably a fresh tensor that nobody else holds, so that the expand may add into it."""
-        return self.base_is_plain and is_fresh(out, x)

@@ -147,7 +147,8 @@ def router_gradients(
 ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
     """(for each router the gradient of its adapter's losses with respect to its statistics, for each adapter their
     value)."""
-    grads, values = {}, {}
+    grads: dict[int, Tensor] = {}
+    values: dict[str, Tensor] = {}
     for adapter in sorted({sites[number].adapter for number in stats}):
         numbers = [number for number in stats if sites[number].adapter == adapter]
         routers = [sites[number].router for number in numbers]
@@ -155,8 +156,8 @@ def router_gradients(
         starts = [common_size(router.num_gates) for router in routers]
         own = [stats[n].to(device)[start:] for n, start in zip(numbers, starts, strict=True)]
         infos = [
-            SiteStats(values, router.num_gates, sites[number].layer)
-            for values, router, number in zip(own, routers, numbers, strict=True)
+            SiteStats(part, router.num_gates, sites[number].layer)
+            for part, router, number in zip(own, routers, numbers, strict=True)
         ]
         config = routers[0].config
         if config.pool_over != "micro":

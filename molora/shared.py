@@ -68,11 +68,11 @@ class Read(NamedTuple):
     """What one linear gets of a pass over its input.
 
     Attributes:
-        ranks: (T, C) of the linear's experts.
+        ranks: (T, C) of the linear's experts, or None where a kernel that dispatches reads the input itself.
         logits: for each layer of the group whose router reads this input (T, G).
     """
 
-    ranks: Tensor
+    ranks: Tensor | None
     logits: dict[MoloraLayer, Tensor]
 
 
@@ -122,8 +122,9 @@ class SharedRead:
         return part
 
     def _read(self, adapter: str) -> None:
-        assert self.input is not None
-        experts = [m.experts(adapter, "") for m in self.waiting]
+        assert self.input is not None and self.x is not None
+        shrinking = [m for m in self.waiting if m.shrinks_first(adapter, self.x)]
+        experts = [m.experts(adapter, "") for m in shrinking]
         routed: list[MoloraLayer] = [m for m in self.waiting if m.router_beside(adapter) is not None]
         found = shrink(
             self.input,
@@ -131,4 +132,5 @@ class SharedRead:
             [m.router_beside(adapter).weight for m in routed],
         )
         logits = dict(zip(routed, found.logits, strict=True))
-        self.reads = {m: Read(ranks, logits) for m, ranks in zip(self.waiting, found.ranks, strict=True)}
+        ranks = dict(zip(shrinking, found.ranks, strict=True))
+        self.reads = {m: Read(ranks.get(m), logits) for m in self.waiting}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,25 +44,26 @@ def gradient_error(name: str, ours: Step, reference: Step) -> float:
     error, limit = 0.0, 1e-4
     for a, b in zip(ours(), reference(), strict=True):
         if a is not None and b is not None:
-            error = max(error, float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-12)))
+            difference = (a.detach().float() - b.detach().float()).norm()
+            error = max(error, float(difference / b.detach().float().norm().clamp(min=1e-12)))
             limit = 3e-2 if a.dtype == torch.bfloat16 else limit
     if not error <= limit:
         raise ValueError(f"{name}: a gradient differs from the reference kernel's by {error:.1e}; it is not timed")
     return error
 
 
-def module_error(model: nn.Module, name: str, tokens: int) -> float:
+def module_error(model: Any, name: str, tokens: int) -> float:
     """The largest `gradient_error` of the mixtures of the first decoder layer, each on random inputs of its own.
 
     One by one, because random experts make a deep model chaotic: a rounded bit moves a token to another expert, and all
     that follows.
     """
-    mixtures = [m for n, m in model.named_modules() if isinstance(m, MoloraLayer) and ".layers.0." in n]
+    mixtures: list[Any] = [m for n, m in model.named_modules() if isinstance(m, MoloraLayer) and ".layers.0." in n]
     errors = []
     for module in mixtures:
         width = module.base_layer.in_features if isinstance(module, MixedLinear) else model.config.hidden_size
         x = torch.randn(1, tokens, width, device=device(), dtype=dtype(), requires_grad=True)
-        dy = torch.randn(module(x).shape, device=device(), dtype=dtype())
+        dy = torch.randn_like(module(x))
         step = gradients(module, x, dy, model)
         errors.append(gradient_error(name, step, with_kernel(model, "reference", step)))
     return max(errors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from molora import MoloraConfig
+from molora.bench import mixlora_peer
 from molora.bench.correct import gradient_error, gradients, with_kernel
 from molora.bench.measure import Timing, measure
 from molora.bench.subjects import Shape, base, device, dtype
@@ -54,7 +55,14 @@ def _inputs(tokens: int, width: int, out: int) -> tuple[Tensor, Tensor]:
 
 
 def _compared(
-    module: nn.Module, ours: MoloraConfig, peer: LoraConfig, tokens: int, width: int, out: int, repeats: int
+    module: nn.Module,
+    ours: MoloraConfig,
+    peer: LoraConfig,
+    tokens: int,
+    width: int,
+    out: int,
+    repeats: int,
+    peers: Mapping[str, Callable[[], nn.Module]] | None = None,
 ) -> tuple[dict[str, Timing], dict[str, float]]:
     x, dy = _inputs(tokens, width, out)
     torch.manual_seed(2)
@@ -67,6 +75,7 @@ def _compared(
         "molora 8 x r16 top-2": gradients(mixture, x, dy),
         "peft lora r32, bf16 adapters": gradients(lora, x, dy),
     }
+    subjects |= {name: gradients(make(), x, dy) for name, make in (peers or {}).items()}
     return measure(subjects, repeats=repeats, flush=True), {"molora 8 x r16 top-2": error}
 
 
@@ -88,11 +97,18 @@ def ffn(shape: Shape, repeats: int) -> Result:
     ours = MoloraConfig(placement="ffn", **EXPERTS)
     linears = ["gate_proj", "up_proj", "down_proj"]
     peer = LoraConfig(r=32, target_modules=linears, init_lora_weights=False)
-    rows, errors = _compared(module, ours, peer, shape.rows * shape.length, shape.hidden, shape.hidden, repeats)
-    _, mine, lora = rows.values()
+    peers: dict[str, Callable[[], nn.Module]] = {}
+    if mixlora_peer.available():
+        peers["released mixlora block, 8 x r16 top-2"] = lambda: mixlora_peer.MixLoraBlock(
+            copy.deepcopy(module).mlp, shape.hidden
+        )
+    tokens = shape.rows * shape.length
+    rows, errors = _compared(module, ours, peer, tokens, shape.hidden, shape.hidden, repeats, peers)
+    _, mine, lora, *rest = rows.values()
     bars = [
         Bar("ffn", mine.median_ms / lora.median_ms, 1.05),
         *memory_bar("ffn_memory", mine, lora, 1.05),
+        *(Bar("ffn_peer", mine.median_ms / released.median_ms, 0.33) for released in rest),
     ]
     return Result(rows, errors, bars)
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from molora.bench.backends import backends, crossover
 from molora.bench.modules import decode, ffn, one_linear
 from molora.bench.subjects import LLAMA_8B, TINY
 from molora.bench.tables import MODEL_TABLES, Table
+from molora.bench.where_time_goes import where_time_goes
 from molora.checks import check_choice
 from molora.eval.results import environment, write_json
 
@@ -19,6 +21,9 @@ TABLES: dict[str, Table] = {
     "one_linear": one_linear,
     "ffn": ffn,
     "decode": decode,
+    "backends": backends,
+    "crossover": crossover,
+    "where_time_goes": where_time_goes,
 }
 
 

@@ -35,15 +35,21 @@ class Bar:
 
 @dataclass(frozen=True)
 class Result:
-    """A table: one row for each subject, errors of ours against the reference kernel, and bars."""
+    """A table: one row for each subject, errors of ours against the reference kernel, bars, and what else is known of
+    a row or of the table."""
 
     rows: dict[str, Timing]
     errors: dict[str, float]
     bars: list[Bar] = field(default_factory=list)
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        rows = [{"name": name, **asdict(timing), "error": self.errors.get(name)} for name, timing in self.rows.items()]
-        return {"rows": rows, "bars": [asdict(bar) | {"holds": bar.holds} for bar in self.bars]}
+        rows = [
+            {"name": name, **asdict(timing), "error": self.errors.get(name), **self.details.get(name, {})}
+            for name, timing in self.rows.items()
+        ]
+        return {"rows": rows, "bars": [asdict(bar) | {"holds": bar.holds} for bar in self.bars], **self.notes}
 
 
 Table = Callable[[Shape, int], Result]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import resource
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 SCHEMA = "molora.results/1"
-PACKAGES = ("molora", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
+PACKAGES = ("molora", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "triton")
 
 
 def wilson(correct: int, n: int) -> list[float]:
@@ -71,7 +72,7 @@ def _commit() -> str | None:
 
     # A molora that lies inside site-packages of somebody's checkout is not at that checkout's commit.
     if not git("ls-files", "--", Path(__file__).name):
-        return None
+        return os.environ.get("MOLORA_COMMIT")  # a copy without history, on a machine that measures
     return f"{git('rev-parse', 'HEAD')}{'-dirty' if git('status', '--porcelain', '-uno') else ''}"
 
 

@@ -218,3 +218,11 @@ def bench_table(name: str, found: dict[str, Any]) -> Table:
     table.caption = "\n".join(f"{bar}, {state}" for bar, state in zip(bars, held, strict=True))
     table.caption_justify = "left"
     return table
+
+
+def choice_table(choices: list[dict[str, Any]]) -> Table:
+    """Which kernel `molora.kernels.selection` chooses for which mixture, and why."""
+    table = plain_table("8,192 tokens through a linear of width 4,096", ["experts", "r", "top-k", "kernel", "why"])
+    for row in choices:
+        table.add_row(str(row["num_experts"]), str(row["r"]), str(row["top_k"]), row["kernel"], row["reason"])
+    return table

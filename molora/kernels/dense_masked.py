@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from molora.kernels import decode
 from molora.kernels.ranks import gate_ranks, gate_ranks_backward
 from molora.kernels.reference import Projection
 from molora.kernels.shrink import shrink
@@ -50,7 +51,13 @@ class _Expand(torch.autograd.Function):
 
 
 def expand(
-    shrunk: Tensor, gates: Tensor | None, B: Tensor, scaling: float, out: Tensor, inplace: bool = False
+    shrunk: Tensor,
+    gates: Tensor | None,
+    B: Tensor,
+    scaling: float,
+    out: Tensor,
+    inplace: bool = False,
+    topk_ids: Tensor | None = None,
 ) -> Tensor:
     """``out + scaling * (gates . shrunk) Bcat``, the second half of `mixture_linear`.
 
@@ -60,9 +67,13 @@ def expand(
         B: (E, R, O).
         out: (..., O), T tokens in all.
         inplace: as for `mixture_linear`.
+        topk_ids: (T, K), the gates that are not zero, if they are known: a few tokens then read no other rows of B.
 
     Saved for the backward: `shrunk` in the dtype of `out`, and the gates; never a (T, O) tensor.
     """
+    if decode.takes(out, [B]):
+        y = out if inplace else out.clone()
+        return decode.expand_few_(y, shrunk, gates, topk_ids, B.flatten(0, 1), scaling)
     result: Tensor = _Expand.apply(shrunk, gates, B, scaling, out, inplace)
     return result
 
@@ -85,4 +96,4 @@ def mixture_linear(
     fresh, contiguous tensor that nobody else reads.
     """
     (shrunk,) = shrink(x, [experts.A.flatten(0, 1)], dtype=out.dtype, dropout=dropout, seed=seed).ranks
-    return expand(shrunk, gates, experts.B, experts.scaling, out, inplace)
+    return expand(shrunk, gates, experts.B, experts.scaling, out, inplace, topk_ids)

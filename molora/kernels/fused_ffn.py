@@ -75,7 +75,7 @@ class _FusedFFN(torch.autograd.Function):
         index = grouped.topology(_keys(ids, E), num_sets(E, K), BLOCK_T)
         s0, s1 = (None if s is None else s.to(dtype).contiguous() for s in (s0, s1))
         b0, b1, a2 = (_rows(m, dtype) for m in (b0, b1, a2))
-        sizes = {"E": E, "K": K, "R": R, "GATED": pre1 is not None, "ACT": plan.act}
+        sizes: dict[str, Any] = {"E": E, "K": K, "R": R, "GATED": pre1 is not None, "ACT": plan.act}
         sizes |= {"HAS0": b0 is not None, "HAS1": b1 is not None, "HAS2": a2 is not None, "BLOCK_T": BLOCK_T}
         sizes["BLOCK_R"] = max(16, power_of_2(R))
         chunk = 64 * blocks(F, 64 * min(blocks(F, 64), blocks(1024, max(1, T // BLOCK_T))))
@@ -200,7 +200,7 @@ def fused_ffn(
     if topk_ids is None:
         topk_ids = torch.arange(gates.shape[1], device=gates.device).expand(gates.shape)
     two = len(pre) == 2
-    tensors = (pre[0], pre[1] if two else None, shrunk[0], shrunk[1] if two else None)
-    tensors += (experts[0], experts[1] if two else None, down_A)
+    second = (pre[1], shrunk[1], experts[1]) if two else (None, None, None)
+    tensors = (pre[0], second[0], shrunk[0], second[1], experts[0], second[2], down_A)
     hidden, ranks = _FusedFFN.apply(plan, topk_ids, gates.float().contiguous(), *tensors)
     return hidden, ranks

@@ -13,6 +13,9 @@ Statistics (S,), first as sums over the tokens of one program, then as means:
 | top-k only: 7+2E .. 7+4E | choices and probabilities again, with the weights of the losses |
 """
 
+# mypy: disallow-incomplete-defs=False
+# Only the constexpr parameters of a kernel are annotated, which Triton needs; the others have no Python type.
+
 import triton
 import triton.language as tl
 

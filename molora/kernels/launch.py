@@ -18,7 +18,7 @@ def ready(device: torch.device) -> bool:
 @functools.cache
 def _works(index: int | None) -> bool:
     """Compiles and runs one small kernel: a GPU that Triton does not know, or a broken install, shows here."""
-    device = torch.device("cuda", index)
+    device = torch.device("cuda" if index is None else f"cuda:{index}")
     try:
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             raise RuntimeError(f"{torch.cuda.get_device_name(device)} has no bf16 matrix units")

@@ -4,6 +4,9 @@ Legend: T tokens, G gates of a token, V consecutive ranks that share a gate, C =
 one A there are only V ranks of the input, and every gate multiplies all of them.
 """
 
+# mypy: disallow-incomplete-defs=False
+# Only the constexpr parameters of a kernel are annotated, which Triton needs; the others have no Python type.
+
 import triton
 import triton.language as tl
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from molora.kernels import decode
 from molora.kernels.reference import dropout_mask
 from molora.kernels.skinny import add_product_, product
 
@@ -194,5 +195,9 @@ def shrink(
     """
     left = x.left if isinstance(x, Input) else None
     x = x.x if isinstance(x, Input) else x
+    if not experts and not routers:
+        return Shrunk([], [])
+    if not dropout and (dtype or x.dtype) == x.dtype and decode.takes(x, [*experts, *routers]):
+        return Shrunk(*decode.shrink_few(x, experts, routers))
     parts = _Shrink.apply(_Options(len(experts), dtype or x.dtype, dropout, seed, left), x, *experts, *routers)
     return Shrunk(list(parts[: len(experts)]), list(parts[len(experts) :]))

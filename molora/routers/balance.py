@@ -102,9 +102,9 @@ class BalancedRouterConfig(RouterConfig):
             grad_loads, grad_probs = grad[:, extra:].view(len(members), -1, 2, num_experts).unbind(2)
             grad_probs.copy_(load * (weight / len(members)))
             if self.soft_load:
-                shares = [1.0 if (share := sites[i].share) is None else share for i in members]
-                for part, share in zip(grad_loads, shares, strict=True):
-                    part.copy_(prob * (weight / len(members)) * share)
+                for i, part in zip(members, grad_loads, strict=True):
+                    share = sites[i].share
+                    part.copy_(prob * (weight / len(members)) * (1.0 if share is None else share))
             for i, row in zip(members, grad.unbind(), strict=True):
                 grads[i] = row
         return RouterLosses(value, grads)

@@ -1,0 +1,101 @@
+"""A mixture of a linear for a few tokens without gradients: two launches beside the frozen linear, and one for gates.
+
+Parameters are read as they are, fp32 or 16 bits wide, and only the rows of B that were chosen. Static shapes, no host
+sync and no allocation that depends on values, so that a CUDA graph captures it and replays it with other choices.
+Legend in `decode_kernels.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from molora.kernels import launch
+from molora.kernels.launch import blocks, power_of_2
+
+MAX_TOKENS = 16
+"""Above it, matrix units pay."""
+_MAX_MATRICES = 3
+
+
+def takes(x: Tensor, matrices: Sequence[Tensor]) -> bool:
+    """Whether x (..., D) is of a few tokens, on a device with Triton, outside of autograd."""
+    if torch.is_grad_enabled() or not launch.ready(x.device) or x.numel() > MAX_TOKENS * x.shape[-1] or not x.numel():
+        return False
+    return x.is_contiguous() and all(m.is_contiguous() for m in matrices)
+
+
+def shrink_few(x: Tensor, experts: Sequence[Tensor], routers: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """``x M^T`` in fp32 for each matrix (rows, D) of experts and of routers, three of each in a launch."""
+    from molora.kernels import decode_kernels
+
+    T, D = x.shape[:-1].numel(), x.shape[-1]
+    ranks: list[Tensor] = []
+    logits: list[Tensor] = []
+    block_t, block_j = power_of_2(T), 2 if T == 1 else 4
+    for i in range(0, max(len(experts), len(routers)), _MAX_MATRICES):
+        own = [list(m[i : i + _MAX_MATRICES]) for m in (experts, routers)]
+        sizes = [[len(m) for m in part] for part in own]
+        out = [torch.empty(T, sum(part), dtype=torch.float32, device=x.device) for part in sizes]
+        padded = [part + [x] * (_MAX_MATRICES - len(part)) for part in own]
+        counts = [part + [0] * (_MAX_MATRICES - len(part)) for part in sizes]
+        names = dict(zip(("A0", "A1", "A2", "W0", "W1", "W2"), counts[0] + counts[1], strict=True))
+        grid = sum(blocks(n, block_j) for n in names.values())
+        decode_kernels.few_shrink_kernel[(grid,)](
+            x,
+            *padded[0],
+            *padded[1],
+            *out,
+            T,
+            D=D,
+            **names,
+            BLOCK_T=block_t,
+            BLOCK_J=block_j,
+            BLOCK_D=min(power_of_2(D), max(64, 4096 // (block_t * block_j))),
+            num_warps=4,
+        )
+        ranks += out[0].split(sizes[0], 1)
+        logits += out[1].split(sizes[1], 1)
+    return ranks, logits
+
+
+def expand_few_(
+    y: Tensor, ranks: Tensor, gates: Tensor | None, topk_ids: Tensor | None, B: Tensor, scaling: float
+) -> Tensor:
+    """``y += scaling * (gates . ranks) Bcat`` in place.
+
+    Args:
+        y: (..., N), contiguous, T tokens.
+        ranks: (T, C), or (T, C / G) where experts share A; rows may be strided.
+        gates: (T, G) fp32, or None.
+        topk_ids: (T, K), outside of which gates are zero; None: all of them count.
+        B: (C, N), contiguous.
+    """
+    from molora.kernels import decode_kernels
+
+    (T, width), (C, N) = ranks.shape, B.shape
+    G = 1 if gates is None else gates.shape[1]
+    K = 0 if topk_ids is None or gates is None or topk_ids.shape[1] == G else topk_ids.shape[1]
+    rows = K * (C // G) if K else C
+    block_n = 128
+    decode_kernels.few_expand_kernel[(blocks(N, block_n), T)](
+        y,
+        ranks,
+        ranks if gates is None else gates,
+        ranks if topk_ids is None else topk_ids,
+        B,
+        N,
+        ranks.stride(0),
+        scaling,
+        C=C,
+        G=G,
+        K=K,
+        SHARED=width != C,
+        GATED=gates is not None,
+        BLOCK_C=min(64, power_of_2(rows)),
+        BLOCK_N=block_n,
+        num_warps=4,
+    )
+    return y
