@@ -112,7 +112,7 @@ class MixedFFN(MoloraLayer):
         router = None if dropped is not x else self.router_beside(adapter)
         entered = Input(x, all(is_plain_linear(getattr(base, structure.names[part])) for part in ups))
         # Before all else: a device busy with these does not wait for the many small launches that follow.
-        pre = [p.flatten(0, -2) for p in structure.pre_activations(base, entered.x)]
+        pre = unsplit = [p.flatten(0, -2) for p in structure.pre_activations(base, entered.x)]
         logits: Tensor | None = None
         ranks: Iterator[Tensor] = iter(())
         if adapted or router is not None:
@@ -139,8 +139,11 @@ class MixedFFN(MoloraLayer):
             routing.sums_to_one,
             (scales[0], scales[-1] if len(pre) == 2 else 0.0, 0.0 if down is None else down.scaling),
         )
-        down_A = None if down is None else down.A
-        return routing, *fused_ffn(pre, shrunk, B, down_A, routing.gates, routing.topk_ids, plan)
+        down_A, frozen = None if down is None else down.A, None
+        if plan.residual and not structure.is_silu:
+            with torch.no_grad():
+                frozen = combine(unsplit, structure.activation(base))
+        return routing, *fused_ffn(pre, shrunk, B, down_A, routing.gates, routing.topk_ids, plan, frozen)
 
     def _finished(self, adapter: str, x: Tensor, routing: Routing, hidden: Tensor, ranks: Tensor | None) -> Tensor:
         """The output of the FFN: the frozen down-projection, its experts, and what is left of the frozen FFN."""

@@ -42,6 +42,7 @@ class FFNStructure:
         up_first: in a fused gate-up, whether the first half of the output is up.
         dropout: the dropout after the down-projection, if there is one.
         act_name: which of `KNOWN_ACTIVATIONS` the activation is, if it is one.
+        is_silu: whether it is torch's silu to the last bit, in 16-bit too.
     """
 
     parts: tuple[tuple[str, str], ...]
@@ -49,6 +50,7 @@ class FFNStructure:
     up_first: bool = False
     dropout: str | None = None
     act_name: str | None = None
+    is_silu: bool = False
 
     @property
     def names(self) -> dict[str, str]:
@@ -156,7 +158,8 @@ def _probe(module: nn.Module) -> FFNStructure:
                 except (TypeError, RuntimeError, AttributeError):
                     continue  # what this guess takes for the activation is something else
                 if got.shape == want.shape and _equal(got, want, 32 * torch.finfo(want.dtype).eps):
-                    return replace(structure, act_name=_activation_name(structure, module))
+                    name, is_silu = _known_activation(structure, module)
+                    return replace(structure, act_name=name, is_silu=is_silu)
     finally:
         module.train(training)
         for layer in adapters:
@@ -164,15 +167,16 @@ def _probe(module: nn.Module) -> FFNStructure:
     raise ValueError("its output is not down(act(gate(x)) * up(x)) nor down(act(up(x))) of its own parts")
 
 
-def _activation_name(structure: FFNStructure, module: nn.Module) -> str | None:
-    """The known activation that agrees with this one over the range where they differ, to fp32's rounding."""
+def _known_activation(structure: FFNStructure, module: nn.Module) -> tuple[str | None, bool]:
+    """(the known activation that agrees with this one to fp32's rounding, whether it is silu to the last bit)."""
     act = getattr(module, structure.act) if isinstance(structure.act, str) else structure.act
     x = torch.linspace(-12, 12, 4001, device=next(module.parameters()).device)
     try:
-        want = act(x.clone())
+        found, half = act(x.clone()), act(x.bfloat16())
     except (TypeError, RuntimeError):  # it takes no tensor of this dtype or shape
-        return None
-    return next((n for n, f in KNOWN_ACTIVATIONS.items() if torch.allclose(want, f(x), rtol=1e-5, atol=1e-6)), None)
+        return None, False
+    name = next((n for n, f in KNOWN_ACTIVATIONS.items() if torch.allclose(found, f(x), rtol=1e-5, atol=1e-6)), None)
+    return name, name == "silu" and torch.equal(half, functional.silu(x.bfloat16()))
 
 
 def _probe_input(module: nn.Module, first_linear: str) -> Tensor:

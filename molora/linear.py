@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from molora.context import Runtime
-from molora.kernels import selection
+from molora.kernels import decode, selection
 from molora.kernels.dense_masked import expand
 from molora.layers import MixtureSpec, MoloraLayer, RouterPlace, is_fresh, is_plain_linear, linear_features
+from molora.routers import Routing
 from molora.shared import Read, SharedRead, SharedRouting
 
 
@@ -71,15 +72,15 @@ class MixedLinear(MoloraLayer):
         first = [a for a in active if self._reads_first(a, x)]
         for adapter in first:
             x = self.molora_reads[adapter].enter(self, adapter, x)
+        with decode.beside(x) as aside:
+            decided = {a: self._decide(a, x, a in first) for a in active} if aside else {}
         out: Tensor = self.base_layer(x, *args, **kwargs)
+        decode.join(x, aside)
         for adapter in active:
             experts = self.experts(adapter, "")
             assert experts is not None
-            read = self.molora_reads[adapter].part(self, adapter) if adapter in first else None
-            gates = topk_ids = None
-            if self.molora_specs[adapter][""].router is not None:
-                routing = self.routing(adapter, x, self._logits(adapter, read))
-                gates, topk_ids = routing.gates, routing.topk_ids
+            read, routing = decided.get(adapter) or self._decide(adapter, x, adapter in first)
+            gates, topk_ids = (None, None) if routing is None else (routing.gates, routing.topk_ids)
             inplace = self.base_is_plain and is_fresh(out, x)
             if read is not None and read.ranks is not None:
                 out = expand(read.ranks, gates, experts.B, experts.scaling, out, inplace, topk_ids)
@@ -90,6 +91,13 @@ class MixedLinear(MoloraLayer):
                 kernel, inputs, gates, experts, out, topk_ids=topk_ids, inplace=inplace, **dropout
             )
         return out
+
+    def _decide(self, adapter: str, x: Tensor, reads_first: bool) -> tuple[Read | None, Routing | None]:
+        """This linear's part of the pass over its input, and its routing."""
+        read = self.molora_reads[adapter].part(self, adapter) if reads_first else None
+        if self.molora_specs[adapter][""].router is None:
+            return read, None
+        return read, self.routing(adapter, x, self._logits(adapter, read))
 
     def _reads_first(self, adapter: str, x: Tensor) -> bool:
         """Whether the input is read for experts and routers before the frozen linear runs, together with others."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from molora.bench.correct import Step, gradient_error
-from molora.bench.measure import measure
+from molora.bench.measure import captured, measure
 from molora.bench.subjects import Shape, device, dtype
 from molora.bench.tables import Bar, Result
 from molora.kernels import selection
@@ -81,7 +81,7 @@ def backends(shape: Shape, repeats: int) -> Result:
 
 
 def crossover(shape: Shape, repeats: int) -> Result:
-    """Where the grouped kernel overtakes the dense-masked one, and what the cost model chooses."""
+    """Where the grouped kernel overtakes the dense-masked one, as CUDA graphs, and what the cost model chooses."""
     result = Result({}, {}, details={})
     regrets = []
     for num_experts, r, top_k in itertools.product(EXPERTS, RANKS, TOP_K):
@@ -90,7 +90,9 @@ def crossover(shape: Shape, repeats: int) -> Result:
         names = {f"{kernel}, {num_experts} x r{r} top-{top_k}": kernel for kernel in usable}
         for name, kernel in names.items():
             result.errors[name] = gradient_error(name, problem.step(kernel), problem.step("reference"))
-        timed = measure({n: problem.step(k) for n, k in names.items()}, warmup=2, repeats=max(3, repeats // 2))
+        timed = measure(
+            {n: captured(problem.step(k)) for n, k in names.items()}, warmup=1, repeats=max(3, repeats // 2)
+        )
         chosen = selection.choose(None, problem.request)
         for name, kernel in names.items():
             result.details[name] = {

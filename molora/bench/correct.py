@@ -61,7 +61,7 @@ def module_error(model: Any, name: str, tokens: int) -> float:
     mixtures: list[Any] = [m for n, m in model.named_modules() if isinstance(m, MoloraLayer) and ".layers.0." in n]
     errors = []
     for module in mixtures:
-        width = module.base_layer.in_features if isinstance(module, MixedLinear) else model.config.hidden_size
+        width: int = module.in_features if isinstance(module, MixedLinear) else model.config.hidden_size
         x = torch.randn(1, tokens, width, device=device(), dtype=dtype(), requires_grad=True)
         dy = torch.randn_like(module(x))
         step = gradients(module, x, dy, model)

@@ -80,3 +80,19 @@ def _timing(samples: list[float], peak: int) -> Timing:
         return Timing(samples[0], samples[0], samples[0], peak, 1)
     cuts = quantiles(samples, n=10, method="inclusive")
     return Timing(median_ms=cuts[4], p20_ms=cuts[1], p80_ms=cuts[7], peak_bytes=peak, repeats=len(samples))
+
+
+def captured(subject: Callable[[], Any]) -> Callable[[], Any]:
+    """The subject as a CUDA graph, so that the time of its launches does not count; itself without a GPU."""
+    if not torch.cuda.is_available():
+        return subject
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            subject()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        subject()
+    return graph.replay

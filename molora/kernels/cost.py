@@ -6,10 +6,11 @@ A pass is one read or one write of a (T, D) or (T, O) tensor. Both ways make fou
 together (x for the ranks and for the gradient of A, the gradient of x read and written; y read and written, its
 gradient for the ranks and for that of B), and a dispatched token makes them K times:
 
-    dense    max(8 passes / bandwidth, products of E*R ranks / arithmetic)
-    grouped  K * 8 passes / bandwidth / efficiency + a fixed time for its launches
+    dense    max(passes / its share of bandwidth, products of E*R ranks / arithmetic + what does not overlap with them)
+    grouped  K * passes, more for ranks that fill no tile and for blocks of tokens that experts leave half empty
 
-The two efficiencies and the fixed time are fitted to `benchmarks/results/crossover-*.json` (an H100).
+The numbers are fitted to `benchmarks/results/crossover-*.json` (an H100), where the choice is within a quarter of the
+better one everywhere.
 """
 
 from __future__ import annotations
@@ -35,9 +36,8 @@ _BY_CAPABILITY = {
     10: Device("Blackwell", 6.5e12, 8.0e14),
     12: Device("Blackwell, consumer", 1.5e12, 1.6e14),
 }
-DENSE_EFFICIENCY = 0.70  # of bandwidth, and of arithmetic once that is the bound
-GROUPED_EFFICIENCY = 0.45
-GROUPED_SECONDS = 2e-4
+GROUPED_SECONDS = 4.5e-5  # to put tokens in order
+BLOCK = 64  # tokens of a block of the grouped kernel
 
 
 def device_rates(device: torch.device) -> Device:
@@ -49,16 +49,18 @@ def device_rates(device: torch.device) -> Device:
     return _BY_CAPABILITY[max(known) if known else 8]
 
 
+def _passes(rates: Device, T: int, D: int, O: int, size: int) -> float:
+    return 4 * T * (D + O) * size / rates.bandwidth
+
+
 def dense_seconds(rates: Device, T: int, D: int, O: int, E: int, R: int, size: int) -> float:
     """Of the dense-masked kernel, forward and backward, beside the frozen linear; `size` bytes an element."""
-    passes = 4 * T * (D + O) * size / rates.bandwidth
-    products = 3 * T * E * R * (D + O) / rates.arithmetic
-    ranks = 12 * T * E * R * size / rates.bandwidth
-    return (max(passes, products) + ranks) / DENSE_EFFICIENCY
+    passes, products = _passes(rates, T, D, O, size), 3 * T * E * R * (D + O) / rates.arithmetic
+    return max(1.6 * passes, products + 0.8 * passes)
 
 
-def grouped_seconds(rates: Device, T: int, D: int, O: int, R: int, K: int, size: int) -> float:
+def grouped_seconds(rates: Device, T: int, D: int, O: int, E: int, R: int, K: int, size: int) -> float:
     """Of the grouped kernel, forward and backward, beside the frozen linear."""
-    passes = 4 * K * T * (D + O) * size / rates.bandwidth
-    products = 3 * T * K * max(16, R) * (D + O) / rates.arithmetic
-    return max(passes, products) / GROUPED_EFFICIENCY + GROUPED_SECONDS
+    rank = 1.4 if R < 16 else 1 + 0.6 * (R - 16) / 48
+    padding = 0.26 * E * BLOCK / T * max(1.0, R / 32)
+    return K * _passes(rates, T, D, O, size) * (1.03 * rank + padding) + GROUPED_SECONDS

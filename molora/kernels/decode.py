@@ -7,7 +7,9 @@ Legend in `decode_kernels.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +22,39 @@ MAX_TOKENS = 16
 _MAX_MATRICES = 3
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def beside(x: Tensor) -> Iterator[bool]:
+    """While a CUDA graph of a few tokens is captured: runs what is inside on a second stream, and gives True.
+
+    In the graph it becomes a branch beside the frozen linear, which is bound by its weights and hides it. Each branch
+    begins after all that came before and is joined (`join`) before what follows, so no memory is taken too early.
+    """
+    if not _captures(x):
+        yield False
+        return
+    side, here = _side_stream(x.device), torch.cuda.current_stream(x.device)
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        yield True
+
+
+def join(x: Tensor, aside: bool) -> None:
+    """Ends the branch of `beside`, if there was one."""
+    if aside:
+        torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
+
+
+def _captures(x: Tensor) -> bool:
+    if torch.is_grad_enabled() or not x.is_cuda or x.numel() > MAX_TOKENS * x.shape[-1]:
+        return False
+    return not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
 def takes(x: Tensor, matrices: Sequence[Tensor]) -> bool:
     """Whether x (..., D) is of a few tokens, on a device with Triton, outside of autograd."""
     if torch.is_grad_enabled() or not launch.ready(x.device) or x.numel() > MAX_TOKENS * x.shape[-1] or not x.numel():
@@ -28,36 +63,47 @@ def takes(x: Tensor, matrices: Sequence[Tensor]) -> bool:
 
 
 def shrink_few(x: Tensor, experts: Sequence[Tensor], routers: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """``x M^T`` in fp32 for each matrix (rows, D) of experts and of routers, three of each in a launch."""
+    """``x M^T`` in fp32 for each matrix (rows, D) of experts and of routers, three of each in a launch.
+
+    Ranks come as (S, T, rows), parts of a sum over the features, which `expand_few_` adds; logits as (T, rows).
+    """
     from molora.kernels import decode_kernels
 
     T, D = x.shape[:-1].numel(), x.shape[-1]
     ranks: list[Tensor] = []
     logits: list[Tensor] = []
-    block_t, block_j = power_of_2(T), 2 if T == 1 else 4
+    block_t = power_of_2(T)
+    # One token: two rows of a few thousand features. Several: 16 rows by matrix units, of so many features that all
+    # multiprocessors have some.
+    block_j, chunk = (2, 4096) if T == 1 else (16, 512)
+    splits = blocks(D, chunk)
     for i in range(0, max(len(experts), len(routers)), _MAX_MATRICES):
         own = [list(m[i : i + _MAX_MATRICES]) for m in (experts, routers)]
         sizes = [[len(m) for m in part] for part in own]
-        out = [torch.empty(T, sum(part), dtype=torch.float32, device=x.device) for part in sizes]
+        found = torch.empty(splits, T, sum(sizes[0]), dtype=torch.float32, device=x.device)
+        routed = torch.empty(T, sum(sizes[1]), dtype=torch.float32, device=x.device)
         padded = [part + [x] * (_MAX_MATRICES - len(part)) for part in own]
         counts = [part + [0] * (_MAX_MATRICES - len(part)) for part in sizes]
         names = dict(zip(("A0", "A1", "A2", "W0", "W1", "W2"), counts[0] + counts[1], strict=True))
-        grid = sum(blocks(n, block_j) for n in names.values())
-        decode_kernels.few_shrink_kernel[(grid,)](
+        decode_kernels.few_shrink_kernel[(splits * sum(blocks(n, block_j) for n in sizes[0]) + sum(sizes[1]),)](
             x,
             *padded[0],
             *padded[1],
-            *out,
+            found,
+            routed,
             T,
             D=D,
             **names,
+            CHUNK=chunk,
+            SPLITS=splits,
             BLOCK_T=block_t,
             BLOCK_J=block_j,
-            BLOCK_D=min(power_of_2(D), max(64, 4096 // (block_t * block_j))),
+            BLOCK_D=min(power_of_2(D), 2048),
+            BLOCK_W=min(power_of_2(D), max(128, 8192 // block_t)),
             num_warps=4,
         )
-        ranks += out[0].split(sizes[0], 1)
-        logits += out[1].split(sizes[1], 1)
+        ranks += found.split(sizes[0], 2)
+        logits += routed.split(sizes[1], 1)
     return ranks, logits
 
 
@@ -68,14 +114,16 @@ def expand_few_(
 
     Args:
         y: (..., N), contiguous, T tokens.
-        ranks: (T, C), or (T, C / G) where experts share A; rows may be strided.
+        ranks: (T, C), or (T, C / G) where experts share A; rows may be strided. With one more dimension in front: the
+            parts of a sum.
         gates: (T, G) fp32, or None.
         topk_ids: (T, K), outside of which gates are zero; None: all of them count.
         B: (C, N), contiguous.
     """
     from molora.kernels import decode_kernels
 
-    (T, width), (C, N) = ranks.shape, B.shape
+    ranks = ranks.unsqueeze(0) if ranks.dim() == 2 else ranks
+    (splits, T, width), (C, N) = ranks.shape, B.shape
     G = 1 if gates is None else gates.shape[1]
     K = 0 if topk_ids is None or gates is None or topk_ids.shape[1] == G else topk_ids.shape[1]
     rows = K * (C // G) if K else C
@@ -87,8 +135,10 @@ def expand_few_(
         ranks if topk_ids is None else topk_ids,
         B,
         N,
+        ranks.stride(1),
         ranks.stride(0),
         scaling,
+        SPLITS=splits,
         C=C,
         G=G,
         K=K,

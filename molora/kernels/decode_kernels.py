@@ -13,15 +13,16 @@ import triton.language as tl
 
 @triton.jit
 def _rows_times_x(
-    x_ptr, m_ptr, out_ptr, block, T, rows, stride_out, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    x_ptr, m_ptr, out_ptr, block, begin, end, T, rows, stride_out, D: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """A block of rows times features begin to end of all tokens, by multiply-adds: for one token, or exact weights."""
     t = tl.arange(0, BLOCK_T)
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_T, BLOCK_J, BLOCK_D), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        inside = start + d < D
+    for start in range(begin, end, BLOCK_D):
+        inside = start + d < end
         x = tl.load(x_ptr + t[:, None] * D + (start + d)[None, :], (t < T)[:, None] & inside[None, :], 0.0)
         m = tl.load(
             m_ptr + j.to(tl.int64)[:, None] * D + (start + d)[None, :], (j < rows)[:, None] & inside[None, :], 0.0
@@ -31,51 +32,89 @@ def _rows_times_x(
     tl.store(out_ptr + t[:, None] * stride_out + j[None, :], tl.sum(total, 2), valid)
 
 
+@triton.jit
+def _rows_dot_x(x_ptr, m_ptr, out_ptr, block, begin, end, T, rows, stride_out, D: tl.constexpr, BLOCK_J: tl.constexpr):
+    """The same by matrix units, for several tokens."""
+    t = tl.arange(0, 16)
+    j = block * BLOCK_J + tl.arange(0, BLOCK_J)
+    d = tl.arange(0, 128)
+    total = tl.zeros((16, BLOCK_J), tl.float32)
+    for start in range(begin, end, 128):
+        inside = start + d < end
+        x = tl.load(x_ptr + t[:, None] * D + (start + d)[None, :], (t < T)[:, None] & inside[None, :], 0.0)
+        m = tl.load(
+            m_ptr + j.to(tl.int64)[:, None] * D + (start + d)[None, :], (j < rows)[:, None] & inside[None, :], 0.0
+        )
+        total = tl.dot(x, tl.trans(m.to(x.dtype)), total, input_precision="ieee")
+    valid = (t < T)[:, None] & (j < rows)[None, :]
+    tl.store(out_ptr + t[:, None] * stride_out + j[None, :], total, valid)
+
+
+@triton.jit
+def _experts_rows(
+    x_ptr, m_ptr, out_ptr, program, T, rows, A, D: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    block, part = program // SPLITS, program % SPLITS
+    begin, end = part * CHUNK, min(D, (part + 1) * CHUNK)
+    out_ptr += part * T * A
+    if BLOCK_T == 1:
+        _rows_times_x(x_ptr, m_ptr, out_ptr, block, begin, end, T, rows, A, D, BLOCK_T, BLOCK_J, BLOCK_D)
+    else:
+        _rows_dot_x(x_ptr, m_ptr, out_ptr, block, begin, end, T, rows, A, D, BLOCK_J)
+
+
 @triton.jit(do_not_specialize=["T"])
 def few_shrink_kernel(
     x_ptr,  # (T, D)
     a0_ptr, a1_ptr, a2_ptr,  # (rows, D) matrices of experts
     w0_ptr, w1_ptr, w2_ptr,  # (rows, D) matrices of routers
-    ranks_ptr,  # (T, sum of rows) fp32 out
+    ranks_ptr,  # (SPLITS, T, sum of rows) fp32 out
     logits_ptr,  # (T, sum of rows) fp32 out
     T, D: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
-    W2: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    W2: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """``x M^T`` for up to three matrices of experts and three of routers, A0 to W2 their rows (0: absent), in fp32.
 
-    Grid: (blocks of rows of all matrices,); a program owns a block of rows of one matrix, for all tokens: no sum is
-    split over programs. Its order depends on the tiles alone, not on the values of other rows.
+    Grid: (blocks of rows of the experts times SPLITS, then single rows of the routers). A program owns a block of rows
+    of one matrix and a chunk of the features, for all tokens; who reads the ranks adds the chunks. Logits are whole.
     """
-    block = tl.program_id(0)
-    E0: tl.constexpr = tl.cdiv(A0, BLOCK_J)
-    E1: tl.constexpr = E0 + tl.cdiv(A1, BLOCK_J)
-    E2: tl.constexpr = E1 + tl.cdiv(A2, BLOCK_J)
-    E3: tl.constexpr = E2 + tl.cdiv(W0, BLOCK_J)
-    E4: tl.constexpr = E3 + tl.cdiv(W1, BLOCK_J)
+    E0: tl.constexpr = tl.cdiv(A0, BLOCK_J) * SPLITS
+    E1: tl.constexpr = E0 + tl.cdiv(A1, BLOCK_J) * SPLITS
+    E2: tl.constexpr = E1 + tl.cdiv(A2, BLOCK_J) * SPLITS
     A: tl.constexpr = A0 + A1 + A2
     W: tl.constexpr = W0 + W1 + W2
-    if block < E0:
-        _rows_times_x(x_ptr, a0_ptr, ranks_ptr, block, T, A0, A, D, BLOCK_T, BLOCK_J, BLOCK_D)
-    elif block < E1:
-        _rows_times_x(x_ptr, a1_ptr, ranks_ptr + A0, block - E0, T, A1, A, D, BLOCK_T, BLOCK_J, BLOCK_D)
-    elif block < E2:
-        _rows_times_x(x_ptr, a2_ptr, ranks_ptr + A0 + A1, block - E1, T, A2, A, D, BLOCK_T, BLOCK_J, BLOCK_D)
-    elif block < E3:
-        _rows_times_x(x_ptr, w0_ptr, logits_ptr, block - E2, T, W0, W, D, BLOCK_T, BLOCK_J, BLOCK_D)
-    elif block < E4:
-        _rows_times_x(x_ptr, w1_ptr, logits_ptr + W0, block - E3, T, W1, W, D, BLOCK_T, BLOCK_J, BLOCK_D)
+    program = tl.program_id(0)
+    if program < E0:
+        _experts_rows(x_ptr, a0_ptr, ranks_ptr, program, T, A0, A, D, CHUNK, SPLITS, BLOCK_T, BLOCK_J, BLOCK_D)
+    elif program < E1:
+        _experts_rows(
+            x_ptr, a1_ptr, ranks_ptr + A0, program - E0, T, A1, A, D, CHUNK, SPLITS, BLOCK_T, BLOCK_J, BLOCK_D
+        )
+    elif program < E2:
+        _experts_rows(
+            x_ptr, a2_ptr, ranks_ptr + A0 + A1, program - E1, T, A2, A, D, CHUNK, SPLITS, BLOCK_T, BLOCK_J, BLOCK_D
+        )
     else:
-        _rows_times_x(x_ptr, w2_ptr, logits_ptr + W0 + W1, block - E4, T, W2, W, D, BLOCK_T, BLOCK_J, BLOCK_D)
+        row = program - E2
+        if row < W0:
+            _rows_times_x(x_ptr, w0_ptr, logits_ptr, row, 0, D, T, W0, W, D, BLOCK_T, 1, BLOCK_W)
+        elif row < W0 + W1:
+            _rows_times_x(x_ptr, w1_ptr, logits_ptr + W0, row - W0, 0, D, T, W1, W, D, BLOCK_T, 1, BLOCK_W)
+        else:
+            _rows_times_x(x_ptr, w2_ptr, logits_ptr + W0 + W1, row - W0 - W1, 0, D, T, W2, W, D, BLOCK_T, 1, BLOCK_W)
 
 
 @triton.jit
 def few_expand_kernel(
     y_ptr,  # (T, N): read and written
-    ranks_ptr,  # (T, C), rows `stride_ranks` apart
+    ranks_ptr,  # (SPLITS, T, C), rows `stride_ranks` apart, the parts of a sum `stride_split`
     gates_ptr,  # (T, G) fp32
     ids_ptr,  # (T, K) int64
     b_ptr,  # (C, N)
-    N, stride_ranks, scaling, C: tl.constexpr, G: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
+    N, stride_ranks, stride_split, scaling,
+    SPLITS: tl.constexpr, C: tl.constexpr, G: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
     GATED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``y += scaling * (gates . ranks) B``, reading of B only the rows of the chosen where K > 0, else all.
@@ -96,7 +135,11 @@ def few_expand_kernel(
         else:
             gate_at = i // V
             c = i
-        value = tl.load(ranks_ptr + t * stride_ranks + (c % V if SHARED else c), inside, 0.0).to(tl.float32) * scaling
+        at = ranks_ptr + t * stride_ranks + (c % V if SHARED else c)
+        value = tl.load(at, inside, 0.0).to(tl.float32)
+        for part in tl.static_range(1, SPLITS):
+            value += tl.load(at + part * stride_split, inside, 0.0).to(tl.float32)
+        value *= scaling
         if GATED:
             value *= tl.load(gates_ptr + t * G + gate_at, inside, 0.0)
         b = tl.load(b_ptr + c.to(tl.int64)[:, None] * N + n[None, :], inside[:, None] & (n < N)[None, :], 0.0)

@@ -62,7 +62,8 @@ def expand(
     """``out + scaling * (gates . shrunk) Bcat``, the second half of `mixture_linear`.
 
     Args:
-        shrunk: ``x Acat^T``, (T, E*R), or (T, R) where the experts share A; fp32 or the dtype of `out`.
+        shrunk: ``x Acat^T``, (T, E*R), or (T, R) where the experts share A; fp32 or the dtype of `out`. Of a few tokens
+            it may be the (S, T, .) parts of a sum.
         gates: (T, G), or None for an ungated LoRA.
         B: (E, R, O).
         out: (..., O), T tokens in all.
@@ -74,6 +75,8 @@ def expand(
     if decode.takes(out, [B]):
         y = out if inplace else out.clone()
         return decode.expand_few_(y, shrunk, gates, topk_ids, B.flatten(0, 1), scaling)
+    if shrunk.dim() == 3:
+        shrunk = shrunk.sum(0)
     result: Tensor = _Expand.apply(shrunk, gates, B, scaling, out, inplace)
     return result
 

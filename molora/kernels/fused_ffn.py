@@ -62,20 +62,28 @@ def _keys(ids: Tensor, num_experts: int) -> Tensor:
 
 class _FusedFFN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, ids: Tensor, gates: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Any]:
+    def forward(
+        ctx: Any, plan: Plan, ids: Tensor, gates: Tensor, base: Tensor | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, Any]:
         from molora.kernels import fused_ffn_kernels, grouped
-        from molora.kernels.grouped_kernels import topology_kernel
 
         pre0, pre1, s0, s1, b0, b1, a2 = tensors
         assert pre0 is not None
         (T, F), E, dtype = pre0.shape, gates.shape[1], pre0.dtype
         K = ids.shape[1]
         R = next(m.shape[1] for m in (b0, b1, a2) if m is not None)
-        ids = ids.sort(1).values.to(torch.int32)
+        ids = ids.sort(1).values
         index = grouped.topology(_keys(ids, E), num_sets(E, K), BLOCK_T)
         s0, s1 = (None if s is None else s.to(dtype).contiguous() for s in (s0, s1))
-        b0, b1, a2 = (_rows(m, dtype) for m in (b0, b1, a2))
-        sizes: dict[str, Any] = {"E": E, "K": K, "R": R, "GATED": pre1 is not None, "ACT": plan.act}
+        b0, b1, a2 = _cast((b0, b1, a2), dtype)
+        sizes: dict[str, Any] = {
+            "E": E,
+            "K": K,
+            "R": R,
+            "GATED": pre1 is not None,
+            "ACT": plan.act,
+            "FAST": not grouped.INTERPRETED,
+        }
         sizes |= {"HAS0": b0 is not None, "HAS1": b1 is not None, "HAS2": a2 is not None, "BLOCK_T": BLOCK_T}
         sizes["BLOCK_R"] = max(16, power_of_2(R))
         chunk = 64 * blocks(F, 64 * min(blocks(F, 64), blocks(1024, max(1, T // BLOCK_T))))
@@ -84,27 +92,27 @@ class _FusedFFN(torch.autograd.Function):
         hidden = torch.empty(T, F, dtype=dtype, device=pre0.device)
         partial = torch.empty(chunks if a2 is not None else 0, T, K, R, device=pre0.device)
         fused_ffn_kernels.ffn_fwd_kernel[(index.tile_experts.shape[1], chunks)](
-            *_pointers(pre0, pre1, s0, s1, b0, b1, a2), gates, ids, hidden, partial, *index,
-            T, num_sets(E, K), F, *_strides(pre0, pre1, b0, b1), *plan.scales[:2],
-            RESIDUAL=plan.residual, EXACT=isinstance(topology_kernel, _jit()), **sizes, **wide, **OPTIONS["fwd"],
+            *_pointers(pre0, pre1, s0, s1, b0, b1, a2), gates, ids, pre0 if base is None else base, hidden, partial,
+            *index, T, num_sets(E, K), F, *_strides(pre0, pre1, b0, b1), *plan.scales[:2],
+            RESIDUAL=plan.residual, WITH_BASE=base is not None, **sizes, **wide, **OPTIONS["fwd"],
         )  # fmt: skip
         ctx.plan, ctx.sizes, ctx.wide = plan, sizes, wide
-        ctx.save_for_backward(ids, gates, pre0, pre1, s0, s1, *tensors[4:], *index)
+        ctx.save_for_backward(ids, gates, pre0, pre1, s0, s1, b0, b1, a2, *index)
+        ctx.dtypes = [None if m is None else m.dtype for m in tensors[4:]]
         ctx.set_materialize_grads(False)
         if a2 is None:
             return hidden, None
-        ranks = partial.sum(0) * (plan.scales[2] * gates.gather(1, ids.long())).unsqueeze(2)
-        return hidden, _dense(ranks, ids, E).to(dtype)
+        ranks = torch.empty(T, E * R, dtype=dtype, device=pre0.device)
+        return hidden, _collect(partial, 0, ids, ranks, plan.scales[2], gates, K, R)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dm: Tensor | None, grad_ranks: Tensor | None) -> tuple[Any, ...]:
         from molora.kernels import fused_ffn_kernels, grouped
 
-        ids, gates, pre0, pre1, s0, s1, *experts, order, offsets, tiles = ctx.saved_tensors
+        ids, gates, pre0, pre1, s0, s1, b0, b1, a2, order, offsets, tiles = ctx.saved_tensors
         plan, sizes, wide = ctx.plan, ctx.sizes, ctx.wide
         (T, F), E, K, R, dtype = pre0.shape, sizes["E"], sizes["K"], sizes["R"], pre0.dtype
-        b0, b1, a2 = (_rows(m, dtype) for m in experts)
         dm = torch.zeros_like(pre0, memory_format=torch.contiguous_format) if dm is None else dm.contiguous()
         sizes = sizes | {"HAS2": sizes["HAS2"] and grad_ranks is not None}
         s2 = None if grad_ranks is None else grad_ranks.to(dtype).contiguous()
@@ -119,34 +127,37 @@ class _FusedFFN(torch.autograd.Function):
             BLOCK_K=power_of_2(K), **sizes, **wide, **OPTIONS["rows"],
         )  # fmt: skip
         # Zeros, because nothing is written for a down-projection whose ranks nobody used.
-        grads = [None if m is None else torch.zeros(E, R, F, dtype=m.dtype, device=dm.device) for m in experts]
+        grads = [None if d is None else torch.zeros(E, R, F, dtype=d, device=dm.device) for d in ctx.dtypes]
         by_expert = grouped.topology(ids, E, BLOCK_T)
         fused_ffn_kernels.ffn_bwd_experts_kernel[(E * blocks(F, OPTIONS["experts"]["BLOCK_F"]),)](
             *read, dm, *_pointers(*grads, like=dm), by_expert.order, by_expert.offsets, T, *shape,
             **sizes, **OPTIONS["experts"],
         )  # fmt: skip
-        total = sums.sum(0)
+        make = lambda n: torch.empty(T, n, dtype=torch.float32, device=dm.device)  # noqa: E731
         ds = [
-            None if s is None else _dense(total[:, i * K * R : (i + 1) * K * R].unflatten(1, (K, R)), ids, E)
+            None if s is None else _collect(sums, i * K * R, ids, make(E * R), 1.0, None, K, R)
             for i, s in enumerate((s0, s1))
         ]
-        grad_gates = torch.zeros_like(gates).scatter_(1, ids.long(), total[:, 2 * K * R :])
-        return None, None, grad_gates, d0, d1, *ds, *grads
+        grad_gates = _collect(sums, 2 * K * R, ids, make(E), 1.0, None, K, 1)
+        return None, None, grad_gates, None, d0, d1, *ds, *grads
 
 
-def _jit() -> type:
-    import triton
-
-    return triton.JITFunction
-
-
-def _rows(matrix: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """(E, R, F) in `dtype`, rows equally far apart and contiguous: a view of halves of a wider matrix too."""
-    if matrix is None:
-        return None
-    matrix = matrix.to(dtype)
-    regular = matrix.stride(2) == 1 and matrix.stride(0) == matrix.shape[1] * matrix.stride(1)
-    return matrix if regular else matrix.contiguous()
+def _cast(matrices: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """The matrices (E, R, F) in `dtype` with rows equally far apart and contiguous, as those of halves of a wider one are:
+    in one launch, or none where they are so already."""
+    result: list[Tensor | None] = []
+    copies: list[Tensor] = []
+    originals: list[Tensor] = []
+    for m in matrices:
+        if m is None or (m.dtype == dtype and m.stride(2) == 1 and m.stride(0) == m.shape[1] * m.stride(1)):
+            result.append(m)
+        else:
+            originals.append(m)
+            copies.append(torch.empty(m.shape, dtype=dtype, device=m.device))
+            result.append(copies[-1])
+    if copies:
+        torch._foreach_copy_(copies, originals)
+    return result
 
 
 def _pointers(*tensors: Tensor | None, like: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -161,11 +172,20 @@ def _strides(pre0: Tensor, pre1: Tensor | None, b0: Tensor | None, b1: Tensor | 
     return (*strides, *(0 if b is None else b.stride(1) for b in (b0, b1)))
 
 
-def _dense(values: Tensor, ids: Tensor, num_experts: int) -> Tensor:
-    """(T, E*R) with the values (T, K, R) of each token's experts, zero for the others."""
-    T, _, R = values.shape
-    dense = values.new_zeros(T, num_experts, R)
-    return dense.scatter_(1, ids.long().unsqueeze(2).expand(values.shape), values).flatten(1)
+def _collect(
+    partial: Tensor, start: int, ids: Tensor, out: Tensor, scale: float, gates: Tensor | None, K: int, R: int
+) -> Tensor:
+    """out (T, E*R): the sums over chunks of `partial` (chunks, T, ...) from column `start` on, under their experts."""
+    from molora.kernels import fused_ffn_kernels
+
+    chunks, T, width = partial.flatten(2).shape
+    block_c = min(128, power_of_2(out.shape[1]))
+    block_t = 2048 // block_c
+    fused_ffn_kernels.collect_kernel[(blocks(T, block_t), blocks(out.shape[1], block_c))](
+        partial.view(-1)[start:], ids, ids if gates is None else gates, out, T, chunks, T * width, width, scale,
+        E=out.shape[1] // R, K=K, R=R, GATED=gates is not None, BLOCK_T=block_t, BLOCK_C=block_c,
+    )  # fmt: skip
+    return out
 
 
 def fused_ffn(
@@ -176,6 +196,7 @@ def fused_ffn(
     gates: Tensor,
     topk_ids: Tensor | None,
     plan: Plan,
+    base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The hidden states of a mixture of FFN experts, and the ranks of its down-projection.
 
@@ -189,6 +210,8 @@ def fused_ffn(
         down_A: (E, R, F), or None.
         gates: (T, E) fp32.
         topk_ids: (T, K), each expert at most once; None: every expert is one of every token.
+        base: (T, F) contiguous, the frozen hidden state h0, for residual form with an activation that is not torch's
+            silu to the last bit; None: the kernel computes it, rounding where torch does.
 
     Returns:
         hidden (T, F), and ranks (T, E*R) or None, in the dtype of `pre`. In residual form, where gates sum to one, the
@@ -202,5 +225,5 @@ def fused_ffn(
     two = len(pre) == 2
     second = (pre[1], shrunk[1], experts[1]) if two else (None, None, None)
     tensors = (pre[0], second[0], shrunk[0], second[1], experts[0], second[2], down_A)
-    hidden, ranks = _FusedFFN.apply(plan, topk_ids, gates.float().contiguous(), *tensors)
+    hidden, ranks = _FusedFFN.apply(plan, topk_ids, gates.float().contiguous(), base, *tensors)
     return hidden, ranks

@@ -24,21 +24,21 @@ from molora.kernels.grouped_kernels import _tile_tokens
 
 
 @triton.jit
-def _activate(x, ACT: tl.constexpr, EXACT: tl.constexpr):
-    """EXACT: by the routines that torch uses, so that experts of zero B give the frozen FFN to the last bit."""
-    if ACT == "silu" and EXACT:
-        return libdevice.div_rn(x, 1.0 + libdevice.exp(-x))
+def _inverse(x, FAST: tl.constexpr):
+    """``1 / x`` for x >= 1. FAST: by one instruction, to an ulp or two of fp32; a division takes ten."""
+    if FAST:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
-        return _activate_and_slope(x, ACT)[0]
+        return 1.0 / x
 
 
 @triton.jit
-def _activate_and_slope(x, ACT: tl.constexpr):
+def _activate(x, ACT: tl.constexpr, FAST: tl.constexpr):
     """The activation and its derivative, which share what is expensive."""
     if ACT == "relu":
         return tl.maximum(x, 0.0), tl.where(x > 0.0, 1.0, 0.0)
     elif ACT == "silu":
-        s = 1.0 / (1.0 + tl.exp(-x))
+        s = _inverse(1.0 + tl.exp(-x), FAST)
         a = x * s
         return a, s + a * (1.0 - s)
     elif ACT == "gelu":
@@ -46,29 +46,26 @@ def _activate_and_slope(x, ACT: tl.constexpr):
         return x * below, below + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     else:
         inner = 1.5957691216057308 * (x + 0.044715 * x * x * x)  # the sigmoid of twice the tanh's argument
-        s = 1.0 / (1.0 + tl.exp(-inner))
+        s = _inverse(1.0 + tl.exp(-inner), FAST)
         a = x * s
         return a, s + a * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
 
 
 @triton.jit
-def _round(x, like_ptr):
-    """To the compute dtype and back, where the frozen FFN rounds too."""
-    return x.to(like_ptr.dtype.element_ty).to(tl.float32)
+def _frozen(p0, p1, like_ptr, GATED: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr):
+    """The hidden state of the frozen FFN, rounded where the FFN rounds, and the same unrounded.
 
-
-@triton.jit
-def _hidden(p0, p1, like_ptr, GATED: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr):
-    if EXACT:
-        h = _round(_activate(p0, ACT, True), like_ptr)
-        if GATED:
-            h = _round(h * p1, like_ptr)
-        return h
+    FAST: on a GPU, by the routines that torch's silu uses there, for the same last bit.
+    """
+    if ACT == "silu" and FAST:
+        a = libdevice.div_rn(p0, 1.0 + libdevice.exp(-p0))
     else:
-        h = _activate(p0, ACT, False)
-        if GATED:
-            h = h * p1
-        return h
+        a = _activate(p0, ACT, False)[0]
+    rounded = a.to(like_ptr.dtype.element_ty).to(tl.float32)
+    if GATED:
+        return (rounded * p1).to(like_ptr.dtype.element_ty).to(tl.float32), a * p1
+    else:
+        return rounded, a
 
 
 @triton.jit
@@ -106,12 +103,13 @@ def _dot(a, b, acc):
 @triton.jit(do_not_specialize=["T", "keys"])
 def ffn_fwd_kernel(
     pre0_ptr, pre1_ptr, s0_ptr, s1_ptr, b0_ptr, b1_ptr, a2_ptr, gates_ptr, ids_ptr,
+    base_ptr,  # (T, F): the frozen hidden state, where WITH_BASE
     hidden_ptr,  # (T, F) out
     ranks_ptr,  # (chunks, T, K, R) fp32 out: A of the down-projection times the hidden states of each slot
     order_ptr, offsets_ptr, tiles_ptr,
     T, keys, F, stride_pre0, stride_pre1, stride_b0, stride_b1, scale0, scale1,
     E: tl.constexpr, K: tl.constexpr, R: tl.constexpr, GATED: tl.constexpr, HAS0: tl.constexpr, HAS1: tl.constexpr,
-    HAS2: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr,
+    HAS2: tl.constexpr, RESIDUAL: tl.constexpr, WITH_BASE: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_KR: tl.constexpr,
 ):  # fmt: skip
     """``hidden = h0 + sum_j gate_j (h_j - h0)`` (RESIDUAL) or ``sum_j gate_j h_j``, and the ranks of the
@@ -139,10 +137,15 @@ def ffn_fwd_kernel(
         p1 = p0
         if GATED:
             p1 = _load(pre1_ptr, (tokens * stride_pre1)[:, None] + f[None, :], valid)
-        # What is left of the differences below is exactly zero where the experts add nothing.
-        base = _hidden(p0, p1, hidden_ptr, GATED, ACT, False)
         if RESIDUAL:
-            mixed = _hidden(p0, p1, hidden_ptr, GATED, ACT, EXACT)
+            # Where experts add nothing, the differences below are zero or far below the last bit of the rounded state.
+            if WITH_BASE:
+                mixed = _load(base_ptr, (tokens * F)[:, None] + f[None, :], valid)
+                base = _activate(p0, ACT, FAST)[0]
+                if GATED:
+                    base = base * p1
+            else:
+                mixed, base = _frozen(p0, p1, hidden_ptr, GATED, ACT, FAST)
         else:
             mixed = tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
         for j in tl.static_range(K):
@@ -154,7 +157,9 @@ def ffn_fwd_kernel(
                 q0 = _dot(s0, _matrix(b0_ptr, columns, own, f, stride_b0, F), p0)
             if HAS1:
                 q1 = _dot(s1, _matrix(b1_ptr, columns, own, f, stride_b1, F), p1)
-            h = _hidden(q0, q1, hidden_ptr, GATED, ACT, False)
+            h = _activate(q0, ACT, FAST)[0]
+            if GATED:
+                h = h * q1
             mixed += gate * (h - base if RESIDUAL else h)
             if HAS2:
                 a2 = _matrix(a2_ptr, columns, own, f, F, F)
@@ -167,9 +172,9 @@ def ffn_fwd_kernel(
 
 
 @triton.jit
-def _slot_grad(q0, q1, grad, gate, GATED: tl.constexpr, ACT: tl.constexpr):
+def _slot_grad(q0, q1, grad, gate, GATED: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr):
     """Of one slot: its hidden state, and the gradients of its two pre-activations from that of its gated hidden."""
-    a, slope = _activate_and_slope(q0, ACT)
+    a, slope = _activate(q0, ACT, FAST)
     dh = gate * grad
     if GATED:
         return a * q1, dh * q1 * slope, dh * a
@@ -186,7 +191,7 @@ def ffn_bwd_rows_kernel(
     order_ptr, offsets_ptr, tiles_ptr,
     T, keys, F, stride_pre0, stride_pre1, stride_b0, stride_b1, scale0, scale1, scale2,
     E: tl.constexpr, K: tl.constexpr, R: tl.constexpr, GATED: tl.constexpr, HAS0: tl.constexpr, HAS1: tl.constexpr,
-    HAS2: tl.constexpr, ACT: tl.constexpr,
+    HAS2: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_KR: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -235,7 +240,7 @@ def ffn_bwd_rows_kernel(
                 q1 = _dot(s1, b1, p1)
             if HAS2:
                 grad = _dot(s2, _matrix(a2_ptr, columns, own, f, F, F), dm)
-            h, own0, own1 = _slot_grad(q0, q1, grad, gate, GATED, ACT)
+            h, own0, own1 = _slot_grad(q0, q1, grad, gate, GATED, ACT, FAST)
             dgates += tl.where((slots == j)[None, :], tl.sum(h * grad, 1)[:, None], 0.0)
             d0 += own0
             if GATED:
@@ -265,7 +270,8 @@ def ffn_bwd_experts_kernel(
     order_ptr, offsets_ptr,  # (K, T), (K, E+1): tokens by their expert in each slot
     T, F, stride_pre0, stride_pre1, stride_b0, stride_b1, scale0, scale1, scale2,
     E: tl.constexpr, K: tl.constexpr, R: tl.constexpr, GATED: tl.constexpr, HAS0: tl.constexpr, HAS1: tl.constexpr,
-    HAS2: tl.constexpr, ACT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
+    HAS2: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the experts' matrices. Grid: (E * blocks of F,), experts fastest, which share what they read; a
     program owns one expert's ranks times its features, and walks over the tokens that chose it, slot by slot."""
@@ -307,7 +313,7 @@ def ffn_bwd_experts_kernel(
                 q1 = _dot(s1, b1, p1)
             if HAS2:
                 grad = _dot(_ranks(s2_ptr, tokens, there, columns, r < R, scale2, E * R), a2, dm)
-            h, own0, own1 = _slot_grad(q0, q1, grad, gate, GATED, ACT)
+            h, own0, own1 = _slot_grad(q0, q1, grad, gate, GATED, ACT, FAST)
             if HAS0:
                 db0 = _dot(tl.trans(s0), own0.to(s0.dtype), db0)
             if HAS1:
@@ -323,3 +329,30 @@ def ffn_bwd_experts_kernel(
         tl.store(db1_ptr + at, db1.to(db1_ptr.dtype.element_ty), valid)
     if HAS2:
         tl.store(da2_ptr + at, da2.to(da2_ptr.dtype.element_ty), valid)
+
+
+@triton.jit(do_not_specialize=["T", "chunks"])
+def collect_kernel(
+    partial_ptr,  # (chunks, T, .) fp32: of each token the values (K, R) of its slots, `stride_t` apart
+    ids_ptr, gates_ptr,
+    out_ptr,  # (T, E*R) out
+    T, chunks, stride_chunk, stride_t, scale,
+    E: tl.constexpr, K: tl.constexpr, R: tl.constexpr, GATED: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Adds the chunks in order and puts each slot's values under its expert, times scale and gate; zero elsewhere.
+
+    Grid: (blocks of tokens, blocks of columns); a program owns one tile.
+    """
+    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    e, r = c // R, c % R
+    inside = (t < T) & (c < E * R)
+    total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for j in tl.static_range(K):
+        own = inside & (tl.load(ids_ptr + t * K + j, t < T, -1) == e)
+        for chunk in range(chunks):
+            total += tl.load(partial_ptr + chunk * stride_chunk + t * stride_t + j * R + r, own, 0.0)
+    if GATED:
+        total *= tl.load(gates_ptr + t * E + e, inside, 0.0)
+    tl.store(out_ptr + t * (E * R) + c, (total * scale).to(out_ptr.dtype.element_ty), inside)

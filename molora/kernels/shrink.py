@@ -31,7 +31,8 @@ class Shrunk(NamedTuple):
     """What `shrink` returns.
 
     Attributes:
-        ranks: for each A ``x A^T``, (T, C); fp32 on a GPU, where they are views of one matrix.
+        ranks: for each A ``x A^T``, (T, C); fp32 on a GPU, where they are views of one matrix. Of a few tokens without
+            gradients: (S, T, C), the parts of a sum.
         logits: for each router's weight ``x W^T``, (T, G) fp32.
     """
 
