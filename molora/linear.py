@@ -73,17 +73,17 @@ class MixedLinear(MoloraLayer):
         for adapter in first:
             x = self.molora_reads[adapter].enter(self, adapter, x)
         with decode.beside(x) as aside:
-            decided = {a: self._decide(a, x, a in first) for a in active} if aside else {}
+            decided = {a: self._decide(a, x, a in first, aside) for a in active} if aside else {}
         out: Tensor = self.base_layer(x, *args, **kwargs)
         decode.join(x, aside)
         for adapter in active:
             experts = self.experts(adapter, "")
             assert experts is not None
-            read, routing = decided.get(adapter) or self._decide(adapter, x, adapter in first)
+            read, routing, gated = decided.get(adapter) or self._decide(adapter, x, adapter in first)
             gates, topk_ids = (None, None) if routing is None else (routing.gates, routing.topk_ids)
             inplace = self.base_is_plain and is_fresh(out, x)
             if read is not None and read.ranks is not None:
-                out = expand(read.ranks, gates, experts.B, experts.scaling, out, inplace, topk_ids)
+                out = expand(read.ranks, gates, experts.B, experts.scaling, out, inplace, topk_ids, gated)
                 continue
             inputs, dropout = self.drop(adapter, "", x)
             kernel = self.molora_runtime.kernel
@@ -92,12 +92,21 @@ class MixedLinear(MoloraLayer):
             )
         return out
 
-    def _decide(self, adapter: str, x: Tensor, reads_first: bool) -> tuple[Read | None, Routing | None]:
-        """This linear's part of the pass over its input, and its routing."""
+    def _decide(
+        self, adapter: str, x: Tensor, reads_first: bool, gates_too: bool = False
+    ) -> tuple[Read | None, Routing | None, Tensor | None]:
+        """This linear's part of the pass over its input, its routing and, if wanted, its ranks times their gates."""
         read = self.molora_reads[adapter].part(self, adapter) if reads_first else None
-        if self.molora_specs[adapter][""].router is None:
-            return read, None
-        return read, self.routing(adapter, x, self._logits(adapter, read))
+        routing = None
+        if self.molora_specs[adapter][""].router is not None:
+            routing = self.routing(adapter, x, self._logits(adapter, read))
+        gated, experts = None, self.experts(adapter, "")
+        num_ranks = 0 if experts is None else experts.num_experts * experts.B.shape[1]
+        if gates_too and read is not None and read.ranks is not None and 0 < num_ranks <= decode.MAX_RANKS:
+            assert experts is not None
+            gates = None if routing is None else routing.gates
+            gated = decode.gated_few(read.ranks, gates, num_ranks, experts.scaling, x.dtype)
+        return read, routing, gated
 
     def _reads_first(self, adapter: str, x: Tensor) -> bool:
         """Whether the input is read for experts and routers before the frozen linear runs, together with others."""

@@ -234,8 +234,10 @@ def test_odd_strides_and_the_order_of_choices() -> None:
     leaves, ids, upstream = make(TINY, GATED, torch.float32)
     want = run(fused(), leaves, ids, upstream, TINY, GATED)
     turn = lambda t: t.detach().transpose(0, -1).contiguous().transpose(0, -1)  # noqa: E731
-    odd = {n: t if n in ("pre0", "pre1") else turn(t).requires_grad_() for n, t in leaves.items()}
-    odd |= {f"pre{i}": torch.stack([leaves[f"pre{i}"].detach()] * 2, 1)[:, 1].requires_grad_() for i in (0, 1)}
+    odd = {n: t if n == "pre1" else turn(t).requires_grad_() for n, t in leaves.items()}
+    # Halves of a wider tensor on one side only: each side has its own strides.
+    odd["pre0"] = torch.cat([leaves["pre0"].detach()] * 2, 1).chunk(2, 1)[1].requires_grad_()
+    odd["B_up"] = torch.cat([leaves["B_up"].detach()] * 2, 2).chunk(2, 2)[1].requires_grad_()
     odd["gates"] = leaves["gates"].detach().flip(1).requires_grad_()
     got = run(fused(), odd, ids.flip(1), [turn(g) for g in upstream], TINY, GATED)
     got["grad_gates"] = got["grad_gates"].flip(1)

@@ -57,6 +57,9 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
+    if named := os.environ.get("MOLORA_COMMIT"):
+        return named  # a copy without its history, on a machine that measures
+
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(
@@ -72,7 +75,7 @@ def _commit() -> str | None:
 
     # A molora that lies inside site-packages of somebody's checkout is not at that checkout's commit.
     if not git("ls-files", "--", Path(__file__).name):
-        return os.environ.get("MOLORA_COMMIT")  # a copy without history, on a machine that measures
+        return None
     return f"{git('rev-parse', 'HEAD')}{'-dirty' if git('status', '--porcelain', '-uno') else ''}"
 
 

@@ -1,6 +1,6 @@
-"""A mixture of a linear for a few tokens without gradients: two launches beside the frozen linear, and one for gates.
+"""A mixture of a linear for a few tokens without gradients, in few launches.
 
-Parameters are read as they are, fp32 or 16 bits wide, and only the rows of B that were chosen. Static shapes, no host
+Parameters are read as they are, fp32 or 16 bits wide; of many ranks, only the chosen rows of B. Static shapes, no host
 sync and no allocation that depends on values, so that a CUDA graph captures it and replays it with other choices.
 Legend in `decode_kernels.py`.
 """
@@ -16,9 +16,13 @@ from torch import Tensor
 
 from molora.kernels import launch
 from molora.kernels.launch import blocks, power_of_2
+from molora.kernels.ranks import gate_ranks
+from molora.kernels.skinny import add_product_triton_
 
 MAX_TOKENS = 16
 """Above it, matrix units pay."""
+MAX_RANKS = 256
+"""Up to so many ranks of all experts, their product as a whole is quicker than a choice of rows."""
 _MAX_MATRICES = 3
 
 
@@ -148,4 +152,16 @@ def expand_few_(
         BLOCK_N=block_n,
         num_warps=4,
     )
+    return y
+
+
+def gated_few(ranks: Tensor, gates: Tensor | None, num_ranks: int, scaling: float, dtype: torch.dtype) -> Tensor:
+    """``scaling * gates . ranks``, (T, C) in `dtype`, of ranks as `shrink_few` gives them."""
+    whole = ranks if ranks.dim() == 2 else ranks[0] if len(ranks) == 1 else ranks.sum(0)
+    return gate_ranks(whole, gates, num_ranks, scaling, dtype)[0]
+
+
+def add_few_(y: Tensor, gated: Tensor, B: Tensor) -> Tensor:
+    """``y += gated B`` in place: y (..., N) contiguous, gated (T, C), B (C, N) contiguous, any float dtype."""
+    add_product_triton_(y.view(len(gated), -1), gated, B, tile=(16, 64, 128))
     return y

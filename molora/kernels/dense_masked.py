@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from molora.kernels import decode
+from molora.kernels.launch import no_autocast
 from molora.kernels.ranks import gate_ranks, gate_ranks_backward
 from molora.kernels.reference import Projection
 from molora.kernels.shrink import shrink
@@ -25,7 +26,7 @@ class _Expand(torch.autograd.Function):
     def forward(
         ctx: Any, shrunk: Tensor, gates: Tensor | None, B: Tensor, scaling: float, out: Tensor, inplace: bool
     ) -> Tensor:
-        with torch.autocast(out.device.type, enabled=False):
+        with no_autocast(out.device):
             B_cat = B.flatten(0, 1).to(out.dtype)
             ranks, kept = gate_ranks(shrunk, gates, len(B_cat), scaling, out.dtype)
             ctx.save_for_backward(kept, gates, B)
@@ -41,7 +42,7 @@ class _Expand(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         kept, gates, B = ctx.saved_tensors
         grad_B = None
-        with torch.autocast(grad_out.device.type, enabled=False):
+        with no_autocast(grad_out.device):
             dy = grad_out.flatten(0, -2)
             grad_ranks = dy @ B.flatten(0, 1).to(dy.dtype).T
             ranks, grad_shrunk, grad_gates = gate_ranks_backward(grad_ranks, kept, gates, ctx.scaling, ctx.dtype)
@@ -58,6 +59,7 @@ def expand(
     out: Tensor,
     inplace: bool = False,
     topk_ids: Tensor | None = None,
+    gated: Tensor | None = None,
 ) -> Tensor:
     """``out + scaling * (gates . shrunk) Bcat``, the second half of `mixture_linear`.
 
@@ -69,11 +71,16 @@ def expand(
         out: (..., O), T tokens in all.
         inplace: as for `mixture_linear`.
         topk_ids: (T, K), the gates that are not zero, if they are known: a few tokens then read no other rows of B.
+        gated: what `decode.gated_few` made of the other arguments, if it was called before.
 
     Saved for the backward: `shrunk` in the dtype of `out`, and the gates; never a (T, O) tensor.
     """
     if decode.takes(out, [B]):
-        y = out if inplace else out.clone()
+        y, num_ranks = out if inplace else out.clone(), B.shape[0] * B.shape[1]
+        if num_ranks <= decode.MAX_RANKS:
+            if gated is None:
+                gated = decode.gated_few(shrunk, gates, num_ranks, scaling, out.dtype)
+            return decode.add_few_(y, gated, B.flatten(0, 1))
         return decode.expand_few_(y, shrunk, gates, topk_ids, B.flatten(0, 1), scaling)
     if shrunk.dim() == 3:
         shrunk = shrunk.sum(0)

@@ -143,8 +143,8 @@ class _FusedFFN(torch.autograd.Function):
 
 
 def _cast(matrices: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """The matrices (E, R, F) in `dtype` with rows equally far apart and contiguous, as those of halves of a wider one are:
-    in one launch, or none where they are so already."""
+    """The matrices (E, R, F) in `dtype`, rows equally far apart and contiguous (those of halves of a wider one are): in
+    one launch, or none where they are so already."""
     result: list[Tensor | None] = []
     copies: list[Tensor] = []
     originals: list[Tensor] = []

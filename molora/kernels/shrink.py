@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from molora.kernels import decode
+from molora.kernels.launch import no_autocast
 from molora.kernels.reference import dropout_mask
 from molora.kernels.skinny import add_product_, product
 
@@ -54,7 +55,7 @@ class _Alias(torch.autograd.Function):
     def backward(ctx: Any, grad_x: Tensor | None) -> tuple[Tensor | None, None, None]:
         while ctx.left:
             grad, packed = ctx.left.pop()
-            with torch.autocast(grad.device.type, enabled=False):
+            with no_autocast(grad.device):
                 if grad_x is None:
                     grad_x = (grad @ packed).view(ctx.shape).to(ctx.dtype)
                 elif grad_x.dtype != grad.dtype:
@@ -117,7 +118,7 @@ class _Shrink(torch.autograd.Function):
         ctx.options = options
         ctx.set_materialize_grads(False)
         n, dtype = options.num_experts, options.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             inputs = x.flatten(0, -2).to(dtype)
             if options.dropout:
                 inputs = inputs * dropout_mask(x, options.dropout, options.seed).flatten(0, -2).to(dtype)
@@ -142,7 +143,7 @@ class _Shrink(torch.autograd.Function):
         dtype, none = options.dtype, [None] * len(matrices)
         if all(grad is None for grad in grads):
             return None, None, *none
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             sizes = [len(m) for m in matrices]
             tokens = x.shape[:-1].numel()
             known = [x.new_zeros(tokens, n) if g is None else g for g, n in zip(grads, sizes, strict=True)]

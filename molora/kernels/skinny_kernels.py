@@ -18,14 +18,14 @@ def _add_part(
     else:
         p = tl.load(p_ptr + t.to(tl.int64)[:, None] * stride_p + k[None, :], (t < T)[:, None] & (k < K)[None, :], 0.0)
         m = tl.load(m_ptr + k.to(tl.int64)[:, None] * N + n[None, :], (k < K)[:, None] & (n < N)[None, :], 0.0)
-    return tl.dot(p, m, total, input_precision="ieee" if IEEE else "tf32")
+    return tl.dot(p, m.to(p.dtype), total, input_precision="ieee" if IEEE else "tf32")
 
 
 @triton.jit
 def add_product_kernel(
     y_ptr,  # (T, N): read and written
     p_ptr,  # (T, K)
-    m_ptr,  # (K, N)
+    m_ptr,  # (K, N), any float: multiplied in the dtype of p
     T,
     N,
     stride_p,

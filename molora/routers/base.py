@@ -289,7 +289,9 @@ def widest(x: Tensor) -> torch.dtype:
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Autocast off for `device`: a cast to fp32 alone is undone by an enclosing autocast."""
-    return torch.autocast(device.type, enabled=False)
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def masked_mean(values: Tensor, token_mask: Tensor | None) -> Tensor:
