@@ -25,10 +25,11 @@ from molora.kernels import decode, dense_masked
 from molora.kernels.shrink import shrink
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FP32, FP16 = torch.float32, torch.float16
 
 # RMS(error) / RMS(fp64 on the same rounded inputs), with the worst over all cases in the interpreter. Products and sums
 # are fp32 whatever the inputs are; fp16 rounds the result alone.
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4}  # 1.4e-7, 2.7e-4
+TOLERANCE = {FP32: 1e-6, FP16: 5e-4}  # 1.4e-7, 2.7e-4
 
 # E, R, N and how experts are gated
 GATING = {
@@ -53,7 +54,7 @@ def no_grad() -> Any:
 def launches(monkeypatch: pytest.MonkeyPatch, triton_on_cpu: None) -> list[str]:
     """The names of the decode kernels that are launched."""
     names: list[str] = []
-    for name in ("shrink_few", "expand_few_"):
+    for name in ("shrink_few", "gated_few", "add_few_", "expand_few_"):
         run = getattr(decode, name)
         # The defaults bind this turn's values.
         counted = lambda *args, run=run, name=name: (names.append(name), run(*args))[1]  # noqa: E731
@@ -61,7 +62,6 @@ def launches(monkeypatch: pytest.MonkeyPatch, triton_on_cpu: None) -> list[str]:
     return names
 
 
-FP32, FP16 = torch.float32, torch.float16
 # T, D, dtypes of x and of the matrices; the sums for the ranks come in parts where D is large.
 SHRINKS = [
     (1, 33, FP32, FP32),
@@ -88,7 +88,7 @@ def test_shrink_few(T: int, D: int, x_dtype: torch.dtype, dtype: torch.dtype) ->
             assert [t.shape for t in found] == [(T, len(m)) for m in matrices]
             if matrices:
                 got, want = torch.cat(found, 1), x.double() @ torch.cat(matrices).double().T
-                assert got.dtype == torch.float32 and error(got, want) <= tolerance  # 3.0e-7, 2.5e-4
+                assert got.dtype == FP32 and error(got, want) <= tolerance  # 3.0e-7, 2.5e-4
 
 
 def test_a_row_of_few_does_not_depend_on_the_others() -> None:
@@ -142,26 +142,52 @@ def test_expand_few(name: str, T: int) -> None:
             assert error(again, want) <= TOLERANCE[dtype]
 
 
+# All rows of B are multiplied, or those that were chosen: by the number of ranks up to which the former is done.
+every_way = pytest.mark.parametrize("max_ranks", [256, 0], ids=["product", "chosen-rows"])
+LAUNCHES = {256: ["gated_few", "add_few_"], 0: ["expand_few_"]}
+
+
+@every_way
 @pytest.mark.parametrize("name", ["odd", "rank-wise", "shared-A", "ungated"])
-def test_ranks_may_come_in_parts_of_a_sum(name: str, launches: list[str]) -> None:
-    y, shrunk, gates, ids, B = make(GATING[name], torch.float32, torch.float32)
+def test_ranks_may_come_in_parts_of_a_sum(
+    name: str, max_ranks: int, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "MAX_RANKS", max_ranks)
+    y, shrunk, gates, ids, B = make(GATING[name], FP32, FP32)
     want = expanded(y, shrunk, gates, B)
     # Between those of other linears, as `shrink_few` leaves them.
-    parts = torch.full((3, 7, shrunk.shape[1] + 4), math.nan, device=DEVICE)[..., 1:-3].copy_(
-        torch.randn(3, *shrunk.shape)
-    )
+    parts = torch.full((3, 7, shrunk.shape[1] + 4), math.nan, device=DEVICE)[..., 1:-3]
+    parts.copy_(torch.randn(3, *shrunk.shape))
     parts[2] = shrunk - parts[0] - parts[1]
     found = dense_masked.expand(parts, gates, B, SCALING, y, topk_ids=ids)
-    assert launches == ["expand_few_"] and error(found, want) <= TOLERANCE[torch.float32]
-    # An output that the decode kernel does not take.
+    assert launches == LAUNCHES[max_ranks] and error(found, want) <= TOLERANCE[FP32]
+    one = dense_masked.expand(shrunk.unsqueeze(0), gates, B, SCALING, y, topk_ids=ids)
+    assert error(one, want) <= TOLERANCE[FP32]
+    # An output that the decode kernels do not take.
+    launches.clear()
     spread = torch.stack([y, y], 2)[..., 0]
     found = dense_masked.expand(parts, gates, B, SCALING, spread, topk_ids=ids)
-    assert launches == ["expand_few_"] and error(found, want) <= TOLERANCE[torch.float32]
+    assert not launches and error(found, want) <= TOLERANCE[FP32]
+
+
+@pytest.mark.parametrize(("dtype", "B_dtype"), [(FP32, FP32), (FP16, FP32), (FP16, FP16), (FP32, FP16)])
+@pytest.mark.parametrize(("T", "C", "N"), [(1, 5, 33), (16, 64, 64), (7, 136, 70)])
+@pytest.mark.usefixtures("poison_empty", "triton_on_cpu")
+def test_gated_ranks_times_all_rows(T: int, C: int, N: int, dtype: torch.dtype, B_dtype: torch.dtype) -> None:
+    y, shrunk = torch.randn(T, N, device=DEVICE).to(dtype), torch.randn(2, T, C, device=DEVICE)
+    gates, B = torch.rand(T, C, device=DEVICE), torch.randn(C, N, device=DEVICE).to(B_dtype)
+    gated = decode.gated_few(shrunk, gates, C, SCALING, dtype)
+    ranks = SCALING * gates.double() * shrunk.double().sum(0)
+    assert gated.dtype == dtype and error(gated, ranks) <= TOLERANCE[dtype]
+    # The masters of B are multiplied in the dtype of y, as in training.
+    want = y.double() + gated.double() @ B.double()
+    found = decode.add_few_(y, gated, B)
+    assert found is y and error(found, want) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("name", ["k2", "odd", "rank-wise", "shared-A"])
 def test_rows_of_experts_that_were_not_chosen_are_not_read(name: str) -> None:
-    y, shrunk, gates, ids, B = make(GATING[name], torch.float32, torch.float32)
+    y, shrunk, gates, ids, B = make(GATING[name], FP32, FP32)
     assert gates is not None
     absent = 1 if name == "rank-wise" else 2
     # Every choice moves to another gate than the absent one, and no token has the same twice.
@@ -176,7 +202,7 @@ def test_rows_of_experts_that_were_not_chosen_are_not_read(name: str) -> None:
         shrunk.unflatten(1, (G, -1))[:, absent] = math.nan
     gates[:, absent] = math.nan
     found = decode.expand_few_(y, shrunk, gates, ids, rows.flatten(0, 1), SCALING)
-    assert error(found, want) <= TOLERANCE[torch.float32]
+    assert error(found, want) <= TOLERANCE[FP32]
 
 
 def test_what_takes_refuses(request: pytest.FixtureRequest) -> None:
@@ -192,13 +218,14 @@ def test_what_takes_refuses(request: pytest.FixtureRequest) -> None:
         assert not decode.takes(x, [m])
 
 
-@pytest.mark.parametrize("inplace", [False, True], ids=["new", "in-place"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@every_way
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("name", ["mixed", "one-token", "kE", "rank-wise", "shared-A", "ungated"])
 def test_a_mixture_without_gradients_is_that_with_them(
-    name: str, dtype: torch.dtype, inplace: bool, launches: list[str]
+    name: str, dtype: torch.dtype, max_ranks: int, launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = CASES[name]
+    monkeypatch.setattr(decode, "MAX_RANKS", max_ranks)
+    case, inplace = CASES[name], name != "mixed"
     leaves = {n: t.detach().to(DEVICE) for n, t in linear_leaves(case, dtype).items()}
     ids = leaves["gates"].topk(case.K).indices if "gates" in leaves else None
     with torch.enable_grad():
@@ -206,18 +233,18 @@ def test_a_mixture_without_gradients_is_that_with_them(
     assert not launches
     out = leaves["out"].clone()
     found = linear(dense_masked.mixture_linear, leaves | {"out": out}, topk_ids=ids, inplace=inplace)
-    assert launches == ["shrink_few", "expand_few_"]
+    assert launches == ["shrink_few", *LAUNCHES[max_ranks]]
     assert (found is out) == inplace and torch.equal(out, leaves["out"]) != inplace
-    assert found.dtype == dtype and error(found, want) <= {torch.float32: 1e-6, torch.float16: 2e-3}[dtype]
+    assert found.dtype == dtype and error(found, want) <= {FP32: 1e-6, FP16: 2e-3}[dtype]
 
 
 def test_what_the_decode_kernels_cannot_do_goes_the_other_way(launches: list[str]) -> None:
-    leaves = {n: t.detach().to(DEVICE) for n, t in linear_leaves(Case(T=17), torch.float32).items()}
+    leaves = {n: t.detach().to(DEVICE) for n, t in linear_leaves(Case(T=17), FP32).items()}
     linear(dense_masked.mixture_linear, leaves)
     few = leaves | {n: leaves[n][:3] for n in ("x", "out", "gates")}
     linear(dense_masked.mixture_linear, few, dropout=0.1)
     linear(dense_masked.mixture_linear, few | {"x": few["x"].half()})
-    assert launches == ["expand_few_", "expand_few_"]  # their dropout, and their dtype, are the shrink's affair
+    assert launches == 2 * LAUNCHES[256]  # dropout, and another dtype of x, are the shrink's affair
 
 
 def test_shrink_of_a_few_tokens_has_the_same_ranks_and_logits(launches: list[str]) -> None:
@@ -248,9 +275,13 @@ def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 
 @pytest.mark.gpu
+@every_way
 @pytest.mark.parametrize("T", [1, 8])
 @pytest.mark.parametrize("placement", ["linear", "block"])
-def test_a_whole_model_in_a_cuda_graph_follows_the_routing(placement: str, T: int, launches: list[str]) -> None:
+def test_a_whole_model_in_a_cuda_graph_follows_the_routing(
+    placement: str, T: int, max_ranks: int, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "MAX_RANKS", max_ranks)
     base = base_model(dtype=torch.bfloat16)
     model = get_peft_model(base, config(placement, init_lora_weights=False)).cuda().eval()
     ids = torch.zeros(1, T, dtype=torch.int64, device="cuda")
@@ -264,7 +295,7 @@ def test_a_whole_model_in_a_cuda_graph_follows_the_routing(placement: str, T: in
         launches.clear()
         with record_routing(model) as recorded:
             want = run()
-        assert launches.count("expand_few_") == 2 * 7
+        assert launches.count(LAUNCHES[max_ranks][-1]) == 2 * 7
         choices.append(torch.cat([recorded[name].topk_ids.sort(1).values.flatten() for name in recorded]))
         graph.replay()
         assert torch.equal(captured, want)

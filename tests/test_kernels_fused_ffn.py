@@ -196,6 +196,7 @@ def test_a_frozen_hidden_state_that_is_given_changes_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("used", ["hidden", "ranks"])
+@pytest.mark.usefixtures("poison_empty")
 def test_a_gradient_for_one_output_only(used: str) -> None:
     leaves, ids, upstream = make(TINY, GATED, torch.float32)
     both = [g if n == used else torch.zeros_like(g) for n, g in zip(("hidden", "ranks"), upstream, strict=True)]

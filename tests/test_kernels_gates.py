@@ -279,6 +279,7 @@ RANKS = {
     "one-token": (1, 16, 1, False),
     "shared-A": (9, 3, 5, True),
     "shared-A-prime": (3, 7, 3, True),
+    "shared-A-in-two-rounds": (2, 40, 9, True),
     "ungated": (6, 0, 5, False),
     "no-tokens": (0, 4, 2, False),
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from molora.kernels import launch
 from molora.kernels.launch import blocks, power_of_2
-from molora.kernels.ranks import gate_ranks
+from molora.kernels.ranks import gate_ranks_triton
 from molora.kernels.skinny import add_product_triton_
 
 MAX_TOKENS = 16
@@ -157,11 +157,10 @@ def expand_few_(
 
 def gated_few(ranks: Tensor, gates: Tensor | None, num_ranks: int, scaling: float, dtype: torch.dtype) -> Tensor:
     """``scaling * gates . ranks``, (T, C) in `dtype`, of ranks as `shrink_few` gives them."""
-    whole = ranks if ranks.dim() == 2 else ranks[0] if len(ranks) == 1 else ranks.sum(0)
-    return gate_ranks(whole, gates, num_ranks, scaling, dtype)[0]
+    return gate_ranks_triton(ranks, gates, num_ranks, scaling, dtype)[0]
 
 
 def add_few_(y: Tensor, gated: Tensor, B: Tensor) -> Tensor:
     """``y += gated B`` in place: y (..., N) contiguous, gated (T, C), B (C, N) contiguous, any float dtype."""
-    add_product_triton_(y.view(len(gated), -1), gated, B, tile=(16, 64, 128))
+    add_product_triton_(y.view(len(gated), -1), gated, B, tile=(16, 32 if B.shape[1] <= 4096 else 64, 128))
     return y

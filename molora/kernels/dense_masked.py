@@ -29,7 +29,9 @@ class _Expand(torch.autograd.Function):
         with no_autocast(out.device):
             B_cat = B.flatten(0, 1).to(out.dtype)
             ranks, kept = gate_ranks(shrunk, gates, len(B_cat), scaling, out.dtype)
-            ctx.save_for_backward(kept, gates, B)
+            # B as it was multiplied with: half an fp32 parameter's memory, and no second cast.
+            ctx.save_for_backward(kept, gates, B_cat)
+            ctx.B_shape, ctx.B_dtype = B.shape, B.dtype
             ctx.scaling, ctx.dtype = scaling, shrunk.dtype
             if not inplace:
                 return torch.addmm(out.flatten(0, -2), ranks, B_cat).view_as(out)
@@ -40,14 +42,14 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        kept, gates, B = ctx.saved_tensors
+        kept, gates, B_cat = ctx.saved_tensors
         grad_B = None
         with no_autocast(grad_out.device):
             dy = grad_out.flatten(0, -2)
-            grad_ranks = dy @ B.flatten(0, 1).to(dy.dtype).T
+            grad_ranks = dy @ B_cat.T
             ranks, grad_shrunk, grad_gates = gate_ranks_backward(grad_ranks, kept, gates, ctx.scaling, ctx.dtype)
             if ctx.needs_input_grad[2]:
-                grad_B = product(ranks.T, dy, B.dtype).view_as(B)
+                grad_B = product(ranks.T, dy, ctx.B_dtype).view(ctx.B_shape)
         return grad_shrunk, grad_gates, grad_B, None, grad_out, None
 
 

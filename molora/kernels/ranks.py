@@ -64,24 +64,28 @@ def gate_ranks_backward(
 def gate_ranks_triton(
     shrunk: Tensor, gates: Tensor | None, num_ranks: int, scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`gate_ranks` by Triton."""
+    """`gate_ranks` by Triton; `shrunk` may have one more dimension in front, the parts of a sum."""
     from molora.kernels import ranks_kernels
 
-    (T, width), G = shrunk.shape, 1 if gates is None else gates.shape[1]
+    parts = shrunk if shrunk.dim() == 3 else shrunk.unsqueeze(0)
+    parts = parts if parts.stride(2) == 1 else parts.contiguous()
+    (splits, T, width), G = parts.shape, 1 if gates is None else gates.shape[1]
     ranks = torch.empty(T, num_ranks, dtype=dtype, device=shrunk.device)
-    keep = shrunk.dtype != dtype or not shrunk.is_contiguous()
+    keep = shrunk.dtype != dtype or not shrunk.is_contiguous() or shrunk.dim() == 3
     kept = torch.empty(T, width, dtype=dtype, device=shrunk.device) if keep else shrunk
     if T:
         block_c = min(128, power_of_2(num_ranks))
         block_t = 4096 // block_c
         ranks_kernels.gate_fwd_kernel[(blocks(T, block_t), blocks(num_ranks, block_c))](
-            shrunk if shrunk.stride(1) == 1 else shrunk.contiguous(),
-            shrunk if gates is None else gates.contiguous(),
+            parts,
+            parts if gates is None else gates.contiguous(),
             ranks,
             kept,
             T,
-            shrunk.stride(0) if shrunk.stride(1) == 1 else width,
+            parts.stride(1),
+            parts.stride(0),
             scaling,
+            SPLITS=splits,
             G=G,
             V=num_ranks // G,
             SHARED=width != num_ranks,

@@ -13,13 +13,15 @@ import triton.language as tl
 
 @triton.jit
 def gate_fwd_kernel(
-    shrunk_ptr,  # (T, C or V), any float
+    shrunk_ptr,  # (SPLITS, T, C or V), any float: the parts of a sum
     gates_ptr,  # (T, G) fp32
     ranks_ptr,  # (T, C) out
     kept_ptr,  # (T, C or V) out: shrunk in the compute dtype, for the backward
     T,
     stride_s,
+    stride_split,
     scaling,
+    SPLITS: tl.constexpr,
     G: tl.constexpr,
     V: tl.constexpr,
     SHARED: tl.constexpr,
@@ -35,6 +37,8 @@ def gate_fwd_kernel(
     width = V if SHARED else G * V
     s = c % V if SHARED else c
     shrunk = tl.load(shrunk_ptr + t * stride_s + s, inside, 0.0).to(tl.float32)
+    for part in tl.static_range(1, SPLITS):
+        shrunk += tl.load(shrunk_ptr + part * stride_split + t * stride_s + s, inside, 0.0).to(tl.float32)
     ranks = shrunk * scaling
     if GATED:
         ranks = ranks * tl.load(gates_ptr + t * G + c // V, inside, 0.0).to(tl.float32)
