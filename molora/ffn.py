@@ -121,7 +121,8 @@ class MixedFFN(MoloraLayer):
                 [e.A.flatten(0, 1) for e in adapted],
                 [] if router is None else [router.weight],
             )
-            logits, ranks = read.logits[0] if router is not None else None, iter(read.ranks)
+            logits = read.logits[0] if router is not None else None
+            ranks = iter(r if r.dim() == 2 else r.sum(0) for r in read.ranks)
         routing = self.routing(adapter, entered.x, logits)
         shrunk = [None if experts[part] is None else next(ranks) for part in ups]
         B = [None if (e := experts[part]) is None else e.B for part in ups]

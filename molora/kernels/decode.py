@@ -63,7 +63,7 @@ def takes(x: Tensor, matrices: Sequence[Tensor]) -> bool:
     """Whether x (..., D) is of a few tokens, on a device with Triton, outside of autograd."""
     if torch.is_grad_enabled() or not launch.ready(x.device) or x.numel() > MAX_TOKENS * x.shape[-1] or not x.numel():
         return False
-    return x.is_contiguous() and all(m.is_contiguous() for m in matrices)
+    return x.dtype != torch.float64 and x.is_contiguous() and all(m.is_contiguous() for m in matrices)
 
 
 def shrink_few(x: Tensor, experts: Sequence[Tensor], routers: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -127,6 +127,7 @@ def expand_few_(
     from molora.kernels import decode_kernels
 
     ranks = ranks.unsqueeze(0) if ranks.dim() == 2 else ranks
+    ranks = ranks if ranks.stride(2) == 1 else ranks.contiguous()
     (splits, T, width), (C, N) = ranks.shape, B.shape
     G = 1 if gates is None else gates.shape[1]
     K = 0 if topk_ids is None or gates is None or topk_ids.shape[1] == G else topk_ids.shape[1]
@@ -135,8 +136,8 @@ def expand_few_(
     decode_kernels.few_expand_kernel[(blocks(N, block_n), T)](
         y,
         ranks,
-        ranks if gates is None else gates,
-        ranks if topk_ids is None else topk_ids,
+        ranks if gates is None else gates.contiguous(),
+        ranks if topk_ids is None else topk_ids.contiguous(),
         B,
         N,
         ranks.stride(1),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from molora.kernels import decode
+from molora.kernels import decode, reference
 from molora.kernels.launch import no_autocast
 from molora.kernels.ranks import gate_ranks, gate_ranks_backward
 from molora.kernels.reference import Projection
@@ -72,11 +72,17 @@ def expand(
         B: (E, R, O).
         out: (..., O), T tokens in all.
         inplace: as for `mixture_linear`.
-        topk_ids: (T, K), the gates that are not zero, if they are known: a few tokens then read no other rows of B.
+        topk_ids: (T, K), the gates that are not zero, if they are known: a few tokens then read no other rows of a B of
+            many.
         gated: what `decode.gated_few` made of the other arguments, if it was called before.
 
     Saved for the backward: `shrunk` in the dtype of `out`, and the gates; never a (T, O) tensor.
     """
+    if torch.compiler.is_compiling():  # plain operations, which the compiler fuses
+        ranks = (reference.gate_ranks(shrunk, gates, shrunk.shape[1] != B.shape[0] * B.shape[1]) * scaling).to(
+            out.dtype
+        )
+        return out + (ranks @ B.flatten(0, 1).to(out.dtype)).view_as(out)
     if decode.takes(out, [B]):
         y, num_ranks = out if inplace else out.clone(), B.shape[0] * B.shape[1]
         if num_ranks <= decode.MAX_RANKS:

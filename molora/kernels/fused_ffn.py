@@ -75,7 +75,7 @@ class _FusedFFN(torch.autograd.Function):
         ids = ids.sort(1).values
         index = grouped.topology(_keys(ids, E), num_sets(E, K), BLOCK_T)
         s0, s1 = (None if s is None else s.to(dtype).contiguous() for s in (s0, s1))
-        b0, b1, a2 = _cast((b0, b1, a2), dtype)
+        b0, b1, a2 = _cast((b0, b1, None if a2 is None else a2.contiguous()), dtype)
         sizes: dict[str, Any] = {
             "E": E,
             "K": K,

@@ -21,11 +21,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _choose(scores, cols, ids_ptr, in_rows, K: tl.constexpr):
+def _choose(scores, cols, ids_ptr, in_rows, E: tl.constexpr, K: tl.constexpr):
     """One where a column is among the K largest of its row, ties to the lower; writes them in descending order."""
     chosen = tl.zeros_like(scores)
     for j in tl.static_range(K):
-        best = tl.argmax(scores, axis=1, tie_break_left=True)
+        # NaN may make a padding column the largest: no kernel may read there.
+        best = tl.minimum(tl.argmax(scores, axis=1, tie_break_left=True), E - 1)
         hit = cols == best[:, None]
         chosen = tl.where(hit, 1.0, chosen)
         scores = tl.where(hit, float("-inf"), scores)
@@ -88,7 +89,7 @@ def top_k_fwd_kernel(
     powers = tl.exp(logits - largest[:, None])
     total = tl.sum(powers, 1)
     probs = powers / total[:, None]
-    chosen = _choose(tl.where(cols < E, probs, -1.0), cols, ids_ptr + row * K, row < T, K)
+    chosen = _choose(tl.where(cols < E, probs, -1.0), cols, ids_ptr + row * K, row < T, E, K)
     if NORM:
         # As p / sum p, but a single expert's gate is the constant 1 without rounding in its gradient.
         kept = tl.where(chosen > 0, tl.exp((logits - largest[:, None]) / temperature), 0.0)
@@ -190,7 +191,7 @@ def rank_wise_fwd_kernel(
     logits = tl.load(logits_ptr + at, inside, 0.0)
     scores = tl.where(cols < E, 1.0 / (1.0 + tl.exp(-logits)), 0.0)
     biased = scores + rate * tl.load(bias_ptr + cols, cols < E, 0).to(tl.float32)
-    chosen = _choose(tl.where(cols < E, biased, float("-inf")), cols, ids_ptr + row * K, row < T, K)
+    chosen = _choose(tl.where(cols < E, biased, float("-inf")), cols, ids_ptr + row * K, row < T, E, K)
     kept = (biased if BIAS_IN_GATES else scores) * chosen
     gates = K * kept / tl.sum(kept, 1)[:, None]
     tl.store(gates_ptr + at, gates, inside)

@@ -103,6 +103,7 @@ def gate_ranks_backward_triton(
     """`gate_ranks_backward` by Triton."""
     from molora.kernels import ranks_kernels
 
+    grad_ranks = grad_ranks.contiguous()
     T, C = grad_ranks.shape
     G = 1 if gates is None else gates.shape[1]
     V = C // G
@@ -113,7 +114,7 @@ def gate_ranks_backward_triton(
         block_g = min(power_of_2(G), max(1, 256 // block_v))
         block_t = max(1, 4096 // (block_g * block_v))
         ranks_kernels.gate_bwd_kernel[(blocks(T, block_t),)](
-            grad_ranks.contiguous(),
+            grad_ranks,
             shrunk,
             shrunk if gates is None else gates.contiguous(),
             ranks,

@@ -12,6 +12,7 @@ What a linear adds to its frozen product is bound by memory traffic, so passes o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class _Alias(torch.autograd.Function):
     """The identity; its backward adds what the shrinks of the same input have left for it, after they have run."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, left: list[tuple[Tensor, Tensor]], adds_in_place: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, left: list[tuple[int, Tensor, Tensor]], adds_in_place: bool) -> Tensor:
         ctx.left, ctx.adds_in_place, ctx.shape, ctx.dtype = left, adds_in_place, x.shape, x.dtype
         ctx.set_materialize_grads(False)
         return x.view_as(x)
@@ -53,17 +54,20 @@ class _Alias(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_x: Tensor | None) -> tuple[Tensor | None, None, None]:
-        while ctx.left:
-            grad, packed = ctx.left.pop()
+        task = torch._C._current_graph_task_id()
+        for left_by, grad, packed in ctx.left:
+            if left_by != task:
+                continue  # by a backward that did not come as far as x
             with no_autocast(grad.device):
                 if grad_x is None:
                     grad_x = (grad @ packed).view(ctx.shape).to(ctx.dtype)
                 elif grad_x.dtype != grad.dtype:
                     grad_x = grad_x + (grad @ packed).view(ctx.shape).to(ctx.dtype)
                 elif ctx.adds_in_place and grad_x.is_contiguous():
-                    add_product_(grad_x.view(len(grad), -1), grad, packed)
+                    add_product_(grad_x.view(grad.shape[0], packed.shape[1]), grad, packed)
                 else:
-                    grad_x = torch.addmm(grad_x.reshape(len(grad), -1), grad, packed).view(ctx.shape)
+                    grad_x = torch.addmm(grad_x.reshape(grad.shape[0], packed.shape[1]), grad, packed).view(ctx.shape)
+        ctx.left.clear()
         return grad_x, None, None
 
 
@@ -80,7 +84,7 @@ class Input:
     """
 
     def __init__(self, x: Tensor, adds_in_place: bool) -> None:
-        self.left: list[tuple[Tensor, Tensor]] = []
+        self.left: list[tuple[int, Tensor, Tensor]] = []
         needs_grad = torch.is_grad_enabled() and x.requires_grad
         self.x: Tensor = _Alias.apply(x, self.left, adds_in_place) if needs_grad else x
 
@@ -90,7 +94,7 @@ class _Options(NamedTuple):
     dtype: torch.dtype
     dropout: float
     seed: int
-    left: list[tuple[Tensor, Tensor]] | None  # where the gradient of x is left for an `Input`
+    left: list[tuple[int, Tensor, Tensor]] | None  # where the gradient of x is left for an `Input`
 
 
 def _pack(experts: Sequence[Tensor], routers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -156,7 +160,7 @@ class _Shrink(torch.autograd.Function):
             result: list[Tensor | None] = list(none)
             if any(ctx.needs_input_grad[2:]):
                 inputs = x.flatten(0, -2).to(dtype)
-                wanted = torch.promote_types(matrices[0].dtype, matrices[-1].dtype)
+                wanted = functools.reduce(torch.promote_types, (m.dtype for m in matrices))
                 found = product(grad.T, inputs if mask is None else inputs * mask, wanted).split([*sizes, pad])
                 result = [
                     f.to(m.dtype) if needed else None
@@ -166,7 +170,7 @@ class _Shrink(torch.autograd.Function):
                 return None, None, *result
             packed = packed[: grad.shape[1]]
             if options.left is not None and mask is None:
-                options.left.append((grad, packed))
+                options.left.append((torch._C._current_graph_task_id(), grad, packed))
                 return None, None, *result
             grad_x = grad @ packed
             return None, (grad_x if mask is None else grad_x * mask).view_as(x).to(x.dtype), *result

@@ -16,7 +16,7 @@ MAX_INNER = 192
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b`` accumulated in fp32 (fp64 for fp64) and rounded once, to `dtype`."""
+    """``a @ b`` in `dtype`, accumulated in fp32 (fp64 for fp64); a CPU rounds to the dtype of a and b in between."""
     if a.is_cuda and torch.version.hip is None and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.half):
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
