@@ -16,21 +16,17 @@ from statistics import mean
 from typing import Any
 
 from learned import table as learned_table
+from speed_tables import TABLES as SPEED_TABLES
+from speed_tables import rows
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = tuple(ROOT / page for page in ("README.md", "docs/results.md", "docs/kernels.md", "docs/decisions/vllm.md"))
 SEEDS = (0, 1, 2)
 COLUMNS = {"base": "base", "lora": "one LoRA", "mixture": "mixture"}
 
 
 def read(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def rows(*lines: list[str]) -> str:
-    """A Markdown table; the first line is its head."""
-    head, *body = (f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
 
 
 def quickstart_seed(results: dict[str, Any]) -> list[list[str]]:
@@ -93,6 +89,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quickstart-variants": quickstart_variants,
     "separable": lambda: learned_table(read("separable")["runs"]),
     "commonsense": lambda: learned_table(read("commonsense")["runs"]),
+    **SPEED_TABLES,
 }
 
 
