@@ -96,6 +96,7 @@ def short_run(arguments: list[str]) -> list[str]:
 SHORTER: dict[str, Callable[[list[str]], list[str]]] = {
     r"molora train ": short_run,
     r"molora generate ": lambda arguments: ["--max-new-tokens", "4"],
+    r"molora bench \w": lambda arguments: ["--tiny", "--repeats", "1"],
 }
 QUICKSTART = {"STEPS": 2, "TRAIN_ROWS": 60, "TEST_ROWS": 2, "CHAIN_ROWS": 1}
 QUICKSTART |= {"SKILLS": quickstart.SKILLS[:2], "CHAINS": quickstart.CHAINS[:1]}
