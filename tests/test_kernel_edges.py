@@ -9,7 +9,7 @@ import transformers as hf
 from peft import get_peft_model
 from tiny_models import config
 
-from molora.kernels import decode, dense_masked, fused_ffn, gates, ranks, reference, selection
+from molora.kernels import decode, dense_masked, fused_ffn, gates, launch, ranks, reference, selection
 from molora.kernels.fused_ffn import Plan
 from molora.kernels.reference import Projection
 from molora.kernels.shrink import Input, shrink
@@ -89,3 +89,36 @@ def test_ids_of_nan_logits_name_experts():
     logits = torch.full((9, 6), float("nan"), device="cuda")
     ids = gates.top_k_gates(logits, None, top_k=2).topk_ids
     assert int(ids.min()) >= 0 and int(ids.max()) < 6
+
+
+def test_an_ffn_of_no_tokens():
+    p0, p1, g = torch.randn(0, 20, requires_grad=True), torch.randn(0, 20), torch.rand(0, 2)
+    A = torch.randn(2, 3, 20, requires_grad=True)
+    hidden, found = fused_ffn.fused_ffn(
+        [p0, p1], [None] * 2, [None] * 2, A, g, None, Plan("silu", True, (0.0, 0.0, 1.0))
+    )
+    assert hidden.shape == (0, 20) and found.shape == (0, 6)
+    hidden.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("torch.version.hip", "6.4", "nobody has run them on ROCm"),
+        ("torch.cuda.get_device_capability", lambda device: (7, 5), "has no bf16 matrix units"),
+        ("molora.kernels.ranks.gate_ranks_triton", lambda *args: 1 / 0, "division by zero"),
+    ],
+    ids=["rocm", "turing", "broken-triton"],
+)
+def test_a_gpu_without_a_path_falls_back_and_says_so_once(name, value, said, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "ones", lambda *size, device, **options: torch.full(size, 1.0, **options))
+    monkeypatch.setattr(name, value)
+    launch._works.cache_clear()
+    try:
+        assert not launch.ready(torch.device("cuda", 0)) and not launch.ready(torch.device("cuda", 0))
+    finally:
+        launch._works.cache_clear()
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert said in message and "plain PyTorch runs instead" in message

@@ -21,7 +21,9 @@ def _works(index: int | None) -> bool:
     """Compiles and runs one small kernel: a GPU that Triton does not know, or a broken install, shows here."""
     device = torch.device("cuda" if index is None else f"cuda:{index}")
     try:
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        if torch.version.hip is not None:
+            raise RuntimeError("nobody has run them on ROCm")
+        if torch.cuda.get_device_capability(device) < (8, 0):
             raise RuntimeError(f"{torch.cuda.get_device_name(device)} has no bf16 matrix units")
         from molora.kernels.ranks import gate_ranks_triton
 
