@@ -223,8 +223,8 @@ def fused_ffn(
     if topk_ids is None:
         topk_ids = torch.arange(gates.shape[1], device=gates.device).expand(gates.shape)
     if not len(pre[0]):  # no launch has an empty grid
-        down_ranks = None if down_A is None else pre[0].new_zeros(0, down_A.shape[0] * down_A.shape[1])
-        return pre[0] * pre[-1], down_ranks
+        none = pre[0] * pre[-1]
+        return none, None if down_A is None else none[:, :1].expand(0, down_A.shape[0] * down_A.shape[1])
     two = len(pre) == 2
     second = (pre[1], shrunk[1], experts[1]) if two else (None, None, None)
     tensors = (pre[0], second[0], shrunk[0], second[1], experts[0], second[2], down_A)
