@@ -15,7 +15,8 @@ from molora.config import MoloraConfig
 from molora.context import Runtime, runtime_of
 from molora.layers import MoloraLayer
 from molora.record import ForwardInputs, in_backward
-from molora.routers.centroid import Centroid, CentroidRouter
+from molora.routers import Centroid, Retrieval
+from molora.routers.fixed_vectors import FixedVectorRouter
 from molora.running_text import embed
 
 
@@ -45,7 +46,7 @@ def set_centroids(
     adapter_name: str | None = None,
     max_length: int = 512,
 ) -> None:
-    """Sets the centroids of a centroid router from example prompts: one name and list of texts for each expert.
+    """Sets the centroids of a centroid or retrieval router from example prompts: one list of texts for each expert.
 
     A centroid is the mean over texts of a text's embedding: the mean over tokens of the hidden state that the router
     reads, of the base without adapters; or the vector of the sentence-transformers embedder.
@@ -67,32 +68,36 @@ def set_centroids(
     if config is None:
         raise ValueError(f"there is no adapter {adapter!r} to set centroids of; there are {list(model.peft_config)}")  # type: ignore
     router = config.router
-    if not isinstance(router, Centroid):
+    if not getattr(router, "has_centroids", False):
         name = getattr(router, "name", router)
-        raise ValueError(f"router {name!r} has no centroids; they belong to router 'centroid'")
-    owners = {
-        name: module
-        for name, module in base.named_modules()
-        if isinstance(module, MoloraLayer) and adapter in module.molora_router
-    }
-    names = _checked_names(examples, config, next(iter(owners.values())).molora_router[adapter])
-    check_int("max_length", max_length)
-    model = base
-    if router.reads_text:
-        vectors = torch.stack([embed(router.embedder, texts).double().mean(0) for texts in examples.values()])
-        means = dict.fromkeys(owners, vectors)
-    else:
-        sources = owners
-        if router.layer is not None:
-            site = runtime.sites[next(iter(owners.values())).molora_sites[adapter]]
-            sources = dict.fromkeys(owners, model.get_submodule(site.name))  # type: ignore[arg-type]
-        rows = [_mean_inputs(model, runtime, sources, texts, tokenizer, max_length) for texts in examples.values()]
-        means = {name: torch.stack([row[name] for row in rows]) for name in owners}
-    for name, module in owners.items():
-        target = module.molora_router[adapter]
-        assert isinstance(target, CentroidRouter)
-        target.set_centroids(means[name])
+        raise ValueError(f"router {name!r} has no centroids; they belong to routers 'centroid' and 'retrieval'")
+    sites = [site for site in runtime.sites if site.adapter == adapter and site.owner is not None]
+    names = _checked_names(examples, config, sites[0].router)
+    vectors = example_vectors(base, runtime, adapter, router, {n: examples[n] for n in names}, tokenizer, max_length)
+    for site in sites:
+        assert isinstance(site.router, FixedVectorRouter)
+        site.router.set_vectors(vectors[site.name])
     config.expert_names = names
+
+
+def example_vectors(
+    base: nn.Module,
+    runtime: Runtime,
+    adapter: str,
+    router: Centroid | Retrieval,
+    examples: Mapping[str, Sequence[str]],
+    tokenizer: Any,
+    max_length: int = 512,
+) -> dict[str, Tensor]:
+    """For each router of the adapter, by name, one vector for each entry of `examples`: (n, D')."""
+    check_int("max_length", max_length)
+    sites = [site for site in runtime.sites if site.adapter == adapter and site.owner is not None]
+    if router.reads_text:
+        means = torch.stack([embed(router.embedder, texts).double().mean(0) for texts in examples.values()])
+        return {site.name: means for site in sites}
+    sources = {s.name: base.get_submodule(s.name) if router.reads_embedding else s.owner for s in sites}
+    rows = [_mean_inputs(base, runtime, sources, texts, tokenizer, max_length) for texts in examples.values()]
+    return {site.name: torch.stack([row[site.name] for row in rows]) for site in sites}
 
 
 def _checked_names(examples: Any, config: MoloraConfig, router: Any) -> list[str]:
@@ -108,8 +113,10 @@ def _checked_names(examples: Any, config: MoloraConfig, router: Any) -> list[str
             f"examples has {len(names)} sets of prompts ({', '.join(names)}) for num_experts={num_experts}; give each "
             "expert one set that is not empty"
         )
+    if config.expert_names is not None and sorted(names) == sorted(config.expert_names):
+        return list(config.expert_names)
     # Names from an earlier call give way; names from the config do not.
-    if config.expert_names is not None and names != list(config.expert_names) and not router.centroid_bits.any():
+    if config.expert_names is not None and names != list(config.expert_names) and not router.vectors.any():
         raise ValueError(f"examples are for {names}, the experts are {config.expert_names}; give these, in their order")
     return names
 
@@ -135,7 +142,7 @@ def _mean_inputs(
 
     handles = [module.register_forward_pre_hook(hook(n), with_kwargs=True) for n, module in sources.items()]
     try:
-        with _base_alone(model):
+        with base_alone(model):
             for text in texts:
                 ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_length)["input_ids"]
                 if not ids.shape[1]:
@@ -149,7 +156,8 @@ def _mean_inputs(
 
 
 @contextlib.contextmanager
-def _base_alone(model: nn.Module) -> Iterator[None]:
+def base_alone(model: nn.Module) -> Iterator[None]:
+    """The model without adapters and in eval mode."""
     layers = [module for module in model.modules() if isinstance(module, MoloraLayer)]
     before, training = [layer._disable_adapters for layer in layers], model.training
     model.eval()

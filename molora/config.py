@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME
 
 from molora.checks import check_bool, check_choice, check_fraction, check_int, check_names, check_number
 from molora.presets import preset_options
-from molora.routers import Centroid, RouterConfig, router_config
+from molora.routers import RouterConfig, router_config
 from molora.suggest import unknown_key_message
 
 FORMAT_VERSION = 1
@@ -60,7 +60,8 @@ class MoloraConfig(PeftConfig):
         lora_dropout: probability of dropping an input feature of the experts, 0 <= p < 1; the router sees all of them.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         init_lora_weights: True: A uniform, B zero, so that a fresh mixture is the base; "gaussian": A normal with
-            standard deviation 1/r, B zero; False: both uniform, for tests.
+            standard deviation 1/r, B zero; False: both uniform, for tests; "imported": none, because adapters give
+            them (`from_adapters`).
         share_A: one A for all experts of a mixture (HydraLoRA).
         placement: "linear": a router for each adapted linear; "block": linears that read the same input (q/k/v;
             gate/up) share one router; "ffn": an expert is a whole FFN with its own LoRA on each projection;
@@ -78,6 +79,7 @@ class MoloraConfig(PeftConfig):
         bias: "none", "all" or "molora_only": which biases train.
         ensure_weight_tying: as in LoraConfig, for modules_to_save and trainable_token_indices.
         expert_names: names of the experts, num_experts of them; for reports.
+        freeze_experts: only the routers train, for experts that are trained already.
         base_fingerprint: written on save, checked on load: which base the adapter belongs to. Set it to None in a
             loaded config to put the adapter on another base on purpose.
         format_version: of the checkpoint's layout.
@@ -105,6 +107,7 @@ class MoloraConfig(PeftConfig):
     bias: Literal["none", "all", "molora_only"] = "none"
     ensure_weight_tying: bool = False
     expert_names: list[str] | None = None
+    freeze_experts: bool = False
     base_fingerprint: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
@@ -136,10 +139,10 @@ class MoloraConfig(PeftConfig):
         self.num_experts = _num_experts(self.num_experts)
         check_number("lora_alpha", self.lora_alpha, above=0)
         check_fraction("lora_dropout", self.lora_dropout)
-        for key in ("use_rslora", "share_A", "ensure_weight_tying"):
+        for key in ("use_rslora", "share_A", "ensure_weight_tying", "freeze_experts"):
             check_bool(key, getattr(self, key))
         check_choice("placement", self.placement, get_args(Placement))
-        check_choice("init_lora_weights", self.init_lora_weights, (True, False, "gaussian"))
+        check_choice("init_lora_weights", self.init_lora_weights, (True, False, "gaussian", "imported"))
         check_choice("bias", self.bias, ("none", "all", "molora_only"))
         if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, dict):
             raise ValueError(f"base_fingerprint={self.base_fingerprint!r} must be what molora saved, or null")
@@ -170,8 +173,10 @@ class MoloraConfig(PeftConfig):
                 f"num_experts={self.num_experts} differs by layer, so no loss can be pooled over the model; "
                 "set router.balance_pool to 'layer' or 'router' and router.log_balance_coef to 0"
             )
-        if isinstance(router, Centroid):
-            raise ValueError("router 'centroid' has one expert for each set of prompts; give num_experts as one number")
+        if router.has_centroids:
+            raise ValueError(
+                f"router {router.name!r} has one expert for each set of prompts; give num_experts as one number"
+            )
 
     def _check_patterns(self) -> None:
         for key in ("rank_pattern", "alpha_pattern"):

@@ -32,7 +32,7 @@ from molora.window import Window, on_optimizer_step, steps_parameters
 _MAX_RECORDS = 256  # forwards that wait for their backward
 _MAX_DONE = 8  # forwards whose backward has run, kept for a second one (retain_graph)
 # What belongs to a process or a forward, and is not copied with a model.
-_TRANSIENT = {"handle", "inputs", "window", "use", "model", "recorder", "_numbers"}
+_TRANSIENT = {"handle", "inputs", "standing", "window", "use", "model", "recorder", "_numbers"}
 _TRANSIENT |= {"opened", "last", "in_backward_of", "losses", "records"}
 _handles = itertools.count()
 
@@ -58,6 +58,7 @@ class Runtime:
     def _reset(self) -> None:
         self.handle = next(_handles)
         self.inputs = ForwardInputs()
+        self.standing: dict[str, Tensor] = {}  # embeddings that hold for more than one forward
         self.window = Window()
         self.use: dict[int, Tensor] = {}  # for each site tokens, and tokens times each common statistic
         self.model: Callable[[], nn.Module | None] = lambda: None  # a copy learns its model at the first forward
@@ -118,7 +119,8 @@ class Runtime:
         task_labels = kwargs.pop("task_labels", None)  # ours; no base model knows it
         ids = self._argument("input_ids", args, kwargs)
         ids = self._argument("inputs_embeds", args, kwargs) if ids is None else ids
-        self.inputs = ForwardInputs(None if ids is None else ids.shape[0], embeddings=self.inputs.embeddings)
+        embeddings = {**self.standing, **self.inputs.embeddings}
+        self.inputs = ForwardInputs(None if ids is None else ids.shape[0], embeddings=embeddings)
         if model.training:
             self.inputs.token_mask = token_mask(self._argument("attention_mask", args, kwargs))
             self.inputs.task_labels = self._checked_labels(task_labels)

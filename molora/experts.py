@@ -34,10 +34,15 @@ def make_experts(
 
     Args:
         init: True: A uniform in ±1/sqrt(D) (PEFT's kaiming with a = sqrt(5)), B zero; "gaussian": A normal with
-            standard deviation 1/r, B zero; False: A as with True, B uniform in ±1/sqrt(R).
+            standard deviation 1/r, B zero; False: A as with True, B uniform in ±1/sqrt(R); "imported": both zero, at no
+            cost, to be replaced by weights that exist.
     """
     A = StackedWeight(1 if share_A else num_experts, r, in_features)
     B = StackedWeight(num_experts, r, out_features)
+    if init == "imported":
+        # Zeros that nobody has written to take no memory.
+        A.weight, B.weight = (nn.Parameter(torch.zeros_like(m.weight)) for m in (A, B))
+        return A, B
     if init == "gaussian":
         nn.init.normal_(A.weight, std=1 / r)
     else:

@@ -15,7 +15,7 @@ from molora.ffn_structure import FFNStructure
 from molora.kernels import selection
 from molora.kernels.dense_masked import expand
 from molora.kernels.fused_ffn import Plan, fused_ffn
-from molora.kernels.reference import combine
+from molora.kernels.reference import Projection, combine
 from molora.kernels.shrink import Input, shrink
 from molora.layers import MixtureSpec, MoloraLayer, RouterPlace, is_fresh, is_plain_linear, linear_features
 from molora.routers import Routing
@@ -72,7 +72,7 @@ class MixedFFN(MoloraLayer):
         adapter = active[0]
         structure, base = self.structure, self.base_layer
         if self._fuses(adapter, x):
-            return self._finished(adapter, x, *self._fused(adapter, x))
+            return self._finished(x, *self._fused(adapter, x))
         routing = self.routing(adapter, x)
         if self.by_projection[adapter]:
             return self._mixed_by_projection(adapter, x, routing.gates)
@@ -90,7 +90,7 @@ class MixedFFN(MoloraLayer):
             structure.activation(base),
             residual=routing.sums_to_one,
         )
-        return self._finished(adapter, x, routing, hidden, ranks)
+        return self._finished(x, routing, hidden, ranks, experts["down"])
 
     def _fuses(self, adapter: str, x: Tensor) -> bool:
         """Whether what lies between the frozen linears runs as one kernel."""
@@ -99,11 +99,12 @@ class MixedFFN(MoloraLayer):
         if self.by_projection[adapter] or self.structure.act_name is None or (spec.share_A and spec.num_experts > 1):
             return False
         top_k = spec.router.num_chosen(spec.num_experts, spec.r) or spec.num_experts
-        whole = all(self.has_whole_experts(adapter, part) for part in self.molora_specs[adapter])
-        return whole and selection.fuses_ffn(self.molora_runtime.kernel, x, spec.num_experts, top_k, spec.r)
+        return selection.fuses_ffn(self.molora_runtime.kernel, x, spec.num_experts, top_k, spec.r) and all(
+            self.has_whole_experts(adapter, part) for part in self.molora_specs[adapter]
+        )
 
-    def _fused(self, adapter: str, x: Tensor) -> tuple[Routing, Tensor, Tensor | None]:
-        """Routing, hidden states and ranks of the down-projection, with one read of x for router and experts."""
+    def _fused(self, adapter: str, x: Tensor) -> tuple[Routing, Tensor, Tensor | None, Projection | None]:
+        """Routing, hidden states, ranks and experts of the down-projection; x is read once for router and experts."""
         structure, base = self.structure, self.base_layer
         experts = {part: self.experts(adapter, f"_{part}") for part in structure.names}
         ups = [part for part in structure.names if part != "down"]
@@ -119,7 +120,7 @@ class MixedFFN(MoloraLayer):
             read = shrink(
                 entered if dropped is x else dropped,
                 [e.A.flatten(0, 1) for e in adapted],
-                [] if router is None else [router.weight],
+                [] if router is None else [router.product_weight],
             )
             logits = read.logits[0] if router is not None else None
             ranks = iter(r if r.dim() == 2 else r.sum(0) for r in read.ranks)
@@ -144,9 +145,12 @@ class MixedFFN(MoloraLayer):
         if plan.residual and not structure.is_silu:
             with torch.no_grad():
                 frozen = combine(unsplit, structure.activation(base))
-        return routing, *fused_ffn(pre, shrunk, B, down_A, routing.gates, routing.topk_ids, plan, frozen)
+        hidden, down_ranks = fused_ffn(pre, shrunk, B, down_A, routing.gates, routing.topk_ids, plan, frozen)
+        return routing, hidden, down_ranks, down
 
-    def _finished(self, adapter: str, x: Tensor, routing: Routing, hidden: Tensor, ranks: Tensor | None) -> Tensor:
+    def _finished(
+        self, x: Tensor, routing: Routing, hidden: Tensor, ranks: Tensor | None, experts: Projection | None
+    ) -> Tensor:
         """The output of the FFN: the frozen down-projection, its experts, and what is left of the frozen FFN."""
         structure, base = self.structure, self.base_layer
         down = getattr(base, structure.names["down"])
@@ -157,9 +161,9 @@ class MixedFFN(MoloraLayer):
             # The frozen FFN is scaled by the sum of the gates, and its bias with it.
             scale = (routing.gates.sum(1) - 1).view(*x.shape[:-1], 1)
             out = out + (scale * down.bias).to(out.dtype)
-        if (p := self.experts(adapter, "_down")) is not None and ranks is not None:
+        if experts is not None and ranks is not None:
             inplace = not excess and is_plain_linear(down) and is_fresh(out, hidden)
-            out = expand(ranks.to(out.dtype), None, p.B, 1.0, out, inplace)
+            out = expand(ranks.to(out.dtype), None, experts.B, 1.0, out, inplace)
         if routing.input_weight is not None:
             out = out + (routing.input_weight.view(*x.shape[:-1], 1) * x).to(out.dtype)
         return getattr(base, structure.dropout)(out) if structure.dropout else out

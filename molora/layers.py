@@ -33,6 +33,7 @@ class MixtureSpec:
 
     Attributes:
         router: None for an ungated LoRA, which has one expert.
+        freeze_experts: whether only the router trains.
     """
 
     num_experts: int
@@ -43,6 +44,7 @@ class MixtureSpec:
     share_A: bool
     init_lora_weights: bool | str
     router: RouterConfig | None
+    freeze_experts: bool = False
 
     @property
     def scaling(self) -> float:
@@ -100,6 +102,7 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         active_adapters: list[str]
         get_base_layer: Callable[[], nn.Module]
         set_adapter: Callable[..., None]
+        frozen_peft_weight_names: dict[str, tuple[str, ...]]
         _get_base_layer_device_and_dtype: Callable[[nn.Module], tuple[torch.device | None, torch.dtype | None]]
 
     def __init__(self, base_layer: nn.Module, runtime: Runtime, parts: tuple[str, ...]) -> None:
@@ -125,6 +128,9 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         getattr(self, f"molora_A{part}")[adapter] = A
         getattr(self, f"molora_B{part}")[adapter] = B
         self.molora_specs.setdefault(adapter, {})[part] = spec
+        if spec.freeze_experts:
+            frozen = (*self.frozen_peft_weight_names.get(adapter, ()), f"molora_A{part}", f"molora_B{part}")
+            self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter: frozen}
 
     def add_router(
         self, adapter: str, in_features: int, spec: MixtureSpec, place: RouterPlace, shared: SharedRouting | None

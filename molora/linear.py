@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from molora.context import Runtime
 from molora.kernels import decode, selection
 from molora.kernels.dense_masked import expand
+from molora.kernels.shrink import shrink
 from molora.layers import MixtureSpec, MoloraLayer, RouterPlace, is_fresh, is_plain_linear, linear_features
 from molora.routers import Routing
 from molora.shared import Read, SharedRead, SharedRouting
@@ -82,6 +83,10 @@ class MixedLinear(MoloraLayer):
             read, routing, gated = decided.get(adapter) or self._decide(adapter, x, adapter in first)
             gates, topk_ids = (None, None) if routing is None else (routing.gates, routing.topk_ids)
             inplace = self.base_is_plain and is_fresh(out, x)
+            if routing is not None and routing.fuses:
+                ranks = self._fused_ranks(adapter, x, read, routing.gates)
+                out = expand(ranks, gates, experts.B, experts.scaling, out, inplace, topk_ids)
+                continue
             if read is not None and read.ranks is not None:
                 out = expand(read.ranks, gates, experts.B, experts.scaling, out, inplace, topk_ids, gated)
                 continue
@@ -102,11 +107,24 @@ class MixedLinear(MoloraLayer):
             routing = self.routing(adapter, x, self._logits(adapter, read))
         gated, experts = None, self.experts(adapter, "")
         num_ranks = 0 if experts is None else experts.num_experts * experts.B.shape[1]
+        gates_too = gates_too and not (routing is not None and routing.fuses)
         if gates_too and read is not None and read.ranks is not None and 0 < num_ranks <= decode.MAX_RANKS:
             assert experts is not None
             gates = None if routing is None else routing.gates
             gated = decode.gated_few(read.ranks, gates, num_ranks, experts.scaling, x.dtype)
         return read, routing, gated
+
+    def _fused_ranks(self, adapter: str, x: Tensor, read: Read | None, gates: Tensor) -> Tensor:
+        """``sum_e gate_e (A_e x)``, (T, R): the ranks of experts whose matrices are averaged, as of one shared A."""
+        experts = self.experts(adapter, "")
+        assert experts is not None
+        ranks = None if read is None else read.ranks
+        if ranks is None:
+            inputs, dropout = self.drop(adapter, "", x)
+            (ranks,) = shrink(inputs, [experts.A.flatten(0, 1)], dtype=x.dtype, **dropout).ranks
+        if ranks.dim() == 3:  # parts of a sum
+            ranks = ranks.sum(0)
+        return ranks if experts.shares_A else (ranks.unflatten(1, (gates.shape[1], -1)) * gates.unsqueeze(-1)).sum(1)
 
     def _reads_first(self, adapter: str, x: Tensor) -> bool:
         """Whether the input is read for experts and routers before the frozen linear runs, together with others."""

@@ -70,7 +70,7 @@ def check_state_dict(model: nn.Module, config: PeftConfig, adapter: str, state_d
             raise ValueError(
                 f"{name} is {value.dtype} in the checkpoint and {parameter.dtype} in the model; it is damaged"
             )
-        bits = value.view(torch.float32) if name.endswith("centroid_bits") and not value.is_meta else value
+        bits = value.view(torch.float32) if name.endswith("_bits") and not value.is_meta else value
         if not value.is_meta and not bool(bits.isfinite().all()):
             raise ValueError(f"{name} holds NaN or infinity in the checkpoint; it is damaged, or its training diverged")
     runtime = next(

@@ -21,6 +21,7 @@ from molora.layers import NOT_MERGEABLE, MoloraLayer
 from molora.linear import MixedLinear
 from molora.loading import base_fingerprint, check_state_dict, verify_loaded
 from molora.plan import FFNPlan, LinearPlan, plan_conversion
+from molora.prompts import prompts, retrieval_site
 from molora.routers import Centroid
 from molora.running_text import centroid_of, check_decoding, reading
 from molora.shared import SharedRead, SharedRouting
@@ -174,6 +175,10 @@ class MoloraModel(BaseTuner):
         selection.check(name)
         self._runtime.kernel = name
 
+    def prompts(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
+        """`molora.prompts.prompts` of this model."""
+        return prompts(self, *args, **kwargs)
+
     def set_centroids(
         self,
         examples: Mapping[str, Sequence[str]],
@@ -185,8 +190,14 @@ class MoloraModel(BaseTuner):
         set_centroids(self, examples, tokenizer, adapter_name, max_length)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`; a centroid router with a sentence-transformers embedder reads along."""
+        """The base model's `generate`; a retrieval router reads the prompt first, a centroid router with a
+        sentence-transformers embedder reads along."""
         config = centroid_of(self._runtime)
+        if config is None and retrieval_site(self._runtime) is not None and not self._runtime.standing:
+            ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+            given = (ids, kwargs.get("attention_mask"), kwargs.get("tokenizer"), kwargs.get("inputs_embeds"))
+            with prompts(self, *given):
+                return self.model.generate(*args, **kwargs)
         if config is None:
             return self.model.generate(*args, **kwargs)
         check_decoding(config, self.model, kwargs)

@@ -14,7 +14,7 @@ from molora.config import REGIONS, MoloraConfig
 from molora.ffn import MixedFFN
 from molora.ffn_structure import FFNStructure, looks_like_ffn, probe_ffn
 from molora.layers import MixtureSpec, MoloraLayer, RouterPlace, linear_features
-from molora.routers import Centroid, RouterConfig
+from molora.routers import Centroid, Retrieval, RouterConfig
 from molora.targets import in_layers, layer_index, matches, select_modules
 
 # Names under which siblings read the same input: attention's three, and the two before a gated activation.
@@ -74,10 +74,12 @@ def plan_conversion(model: nn.Module, config: MoloraConfig) -> Plan:
     _set_num_experts(model, config, plan)
     for name, entry in plan.items():
         _check_router(name, entry, config)
-    if isinstance(config.router, Centroid) and config.router.reads_embedding:
+    if isinstance(config.router, Centroid | Retrieval) and config.router.reads_embedding:
         place = query_place(model, config.router, plan)
         for name, entry in plan.items():
-            early = place.layer is not None and (entry.place.layer or 0) < place.layer
+            # A prompt is embedded before the model runs, a token's hidden state is there once its layer has run.
+            before = place.layer is not None and (entry.place.layer or 0) < place.layer
+            early = before and isinstance(config.router, Centroid)
             plan[name] = replace(entry, place=replace(place, early=early), block=place.name)
     if config.plain_lora is not None:
         own = _of_region(config.plain_lora["target_modules"], linears, ffns, "plain_lora.")
@@ -158,29 +160,31 @@ def _check_router(name: str, entry: LinearPlan | FFNPlan, config: MoloraConfig) 
         raise ValueError(f"{name}: {error}") from None
 
 
-def query_place(model: nn.Module, router: Centroid, plan: Plan) -> RouterPlace:
+def query_place(model: nn.Module, router: Centroid | Retrieval, plan: Plan) -> RouterPlace:
     """Where the one router of a model sits whose query is not its module's own input."""
     if router.reads_text:
         from molora.running_text import NAME, embedding_size
 
         return RouterPlace(NAME, features=embedding_size(router.embedder))
-    name = decoder_layer(model, router.layer or 0, list(plan))
+    name, layer = decoder_layer(model, router.layer, list(plan))
     embedding = model.get_input_embeddings()  # type: ignore[operator]
-    return RouterPlace(name, router.layer, embedding.weight.shape[1])
+    return RouterPlace(name, layer, embedding.weight.shape[1])
 
 
-def decoder_layer(model: nn.Module, layer: int, inside: list[str]) -> str:
-    """The name of decoder layer number `layer`, found from the names of modules inside decoder layers.
+def decoder_layer(model: nn.Module, layer: int | None, inside: list[str]) -> tuple[str, int]:
+    """The name and number of decoder layer `layer`, found from the names of modules inside decoder layers; None: of the
+    middle one.
 
     Raises:
         ValueError: there is no such layer.
     """
     stacks = {m.group(1) for name in inside if (m := re.match(r"(.*?)\d+\.", name))}
     modules = dict(model.named_modules())
+    depth = sum(name.rpartition(".")[0] + "." in stacks for name in modules)
+    layer = depth // 2 if layer is None else layer
     for stack in stacks:
         if f"{stack}{layer}" in modules:
-            return f"{stack}{layer}"
-    depth = sum(name.rpartition(".")[0] + "." in stacks for name in modules)
+            return f"{stack}{layer}", layer
     raise ValueError(f"layer={layer}: this model has decoder layers 0 to {depth - 1}; choose one of them")
 
 
@@ -195,6 +199,7 @@ def _spec(config: MoloraConfig) -> MixtureSpec:
         share_A=config.share_A,
         init_lora_weights=config.init_lora_weights,
         router=config.router,
+        freeze_experts=config.freeze_experts,
     )
 
 

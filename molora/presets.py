@@ -299,6 +299,76 @@ PRESETS: dict[str, Preset] = {
             "leaves B unweighted and adds cross terms between experts; that is not offered.",
         },
     ),
+    "arrow": Preset(
+        "Arrow: LoRAs as they are, each token to those whose product stretches it most",
+        "2405.11157",
+        "microsoft/mttl, huggingface/peft",
+        {
+            "num_experts": 8,
+            "r": 16,
+            "lora_alpha": 32,
+            "router": {"name": "arrow", "top_k": 3},
+        },
+        {
+            "num_experts": "molora, as r and lora_alpha: those of the adapters (`from_adapters`, `--adapters`).",
+            "router.top_k": "PEFT; the paper's code uses all experts by default and 4 in its example.",
+            "router.router_temperature": "code: 1.",
+        },
+    ),
+    "phatgoose": Preset(
+        "PHATGOOSE: LoRAs as they are, a gate for each trained alone on its task",
+        "2402.05859",
+        "r-three/phatgoose",
+        {
+            "num_experts": 8,
+            "r": 16,
+            "lora_alpha": 1,
+            "freeze_experts": True,
+            "router": {"name": "phatgoose", "top_k": 2},
+        },
+        {
+            "num_experts": "molora: one for each adapter.",
+            "lora_alpha": "code: a LoRA's scale is 1/r there; imported adapters keep their own.",
+            "router.top_k": "code. The paper trains each gate for 100 steps, all else frozen; here the gates of all "
+            "experts learn at once, each from the rows of its own task.",
+        },
+    ),
+    "loraretriever": Preset(
+        "LoraRetriever: the LoRAs whose example prompts are most like this prompt",
+        "2402.09997",
+        "Sherry805139/LoraRetriever",
+        {
+            "num_experts": 8,
+            "r": 16,
+            "lora_alpha": 32,
+            "router": {"name": "retrieval", "top_k": 3, "composition": "mixture"},
+        },
+        {
+            "num_experts": "molora, as r and lora_alpha: those of the adapters; the paper has 48.",
+            "router.top_k": "paper: 3 for mixture and fusion, 1 for selection; the released script: 2.",
+            "router.embedder": "molora: the base's own hidden states. The paper trains an Instructor encoder for it "
+            "(Styxxxx/lora_retriever), which a sentence-transformers directory can name here.",
+        },
+    ),
+    "xlora-single-pass": Preset(
+        "After X-LoRA: gates over frozen LoRAs, dense and layer-wise, in one pass",
+        "2402.07148",
+        "EricLBuehler/xlora",
+        {
+            "num_experts": 8,
+            "r": 16,
+            "lora_alpha": 32,
+            "freeze_experts": True,
+            "router": {"name": "softmax", "bias": True},
+        },
+        {
+            "router.bias": "code: a linear with a bias from hidden states to one scaling for each adapter and module.",
+            "placement": "molora: each gate reads the input of its own linear, in the one forward there is. Released: "
+            "all gates read the last hidden state of a forward without adapters, so that every step runs the model "
+            "twice and no cache is kept; that is why this preset has a name of its own.",
+            "freeze_experts": "code: only the classifier trains.",
+        },
+    ),
     "molora": Preset(
         "MoLORA (Zadouri et al. 2023): dense soft mixture of LoRA, whose name this package carries",
         "2309.05444",

@@ -129,7 +129,7 @@ class SharedRead:
         found = shrink(
             self.input,
             [e.A.flatten(0, 1) for e in experts if e is not None],
-            [m.router_beside(adapter).weight for m in routed],
+            [m.router_beside(adapter).product_weight for m in routed],
         )
         logits = dict(zip(routed, found.logits, strict=True))
         ranks = dict(zip(shrinking, found.ranks, strict=True))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from molora.routers import Centroid, RankWise, Router, RouterConfig, Softmax, Threshold, TopK, TopP, Tsallis
+from molora.routers import Arrow, Centroid, RankWise, Router, RouterConfig, Softmax, Threshold, TopK, TopP, Tsallis
 
 RouterInput = tuple[Router, Tensor, int | None]  # a router, its input (T, D), the number of its decoder layer
 Earlier = list[tuple[float, Tensor]]  # for each router the tokens of earlier micro-batches and the sum of their F
@@ -192,6 +192,12 @@ def _centroid(router: Any, config: Centroid, x: Tensor, rows: int, mask: Tensor 
     return Decision(weights, (weights > 0).double(), _softmax(similarity), similarity)
 
 
+def _arrow(router: Any, config: Arrow, x: Tensor, rows: int, mask: Tensor | None, training: bool) -> Decision:
+    scores = (x @ router.vectors.double().T).abs() / config.router_temperature
+    chosen = _mark(scores, lambda values: _falling(values)[: config.top_k])
+    return Decision(_normalised(_softmax(scores) * chosen), chosen, _softmax(scores), scores)
+
+
 _RULES: dict[type[RouterConfig], Callable[..., Decision]] = {
     TopK: _top_k,
     TopP: _top_p,
@@ -200,6 +206,7 @@ _RULES: dict[type[RouterConfig], Callable[..., Decision]] = {
     Threshold: _threshold,
     Softmax: _dense,
     Centroid: _centroid,
+    Arrow: _arrow,
 }
 
 
@@ -222,7 +229,7 @@ def loss(
         earlier: what `loads` gave for the micro-batches of this step before this one; F is then over all of them.
     """
     counted = None if mask is None else mask.flatten().bool()
-    if isinstance(config, (RankWise, Centroid)):
+    if isinstance(config, (RankWise, Centroid, Arrow)):
         return torch.zeros((), dtype=torch.float64)
     made = [decide(router, x, rows, counted, True) for router, x, _ in inputs]
     over = None if config.count_padding else counted
@@ -364,6 +371,8 @@ def margin(router: Any, x: Tensor) -> Tensor:
     if isinstance(config, RankWise):
         v = made.probability + config.bias_update_rate * router.bias_steps.double()
         return _gap(v, config.active_ranks // config.rank_partition)
+    if isinstance(config, Arrow):
+        return _gap(made.logits, config.top_k)
     if isinstance(config, Centroid):
         return _gap(made.logits, 1)
     if isinstance(config, Threshold):

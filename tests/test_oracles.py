@@ -352,7 +352,7 @@ def test_similarities_and_weights_equal_the_official_code() -> None:
     assert int(run["similarities"][3].argmax()) == 0 and int((weights[3] > weights[3, 0]).sum()) == 2
     centroids = run["centroids"]
     router = Centroid(temperature=hyper["temperature"]).build(centroids.shape[1], len(centroids))
-    router.set_centroids(centroids)
+    router.set_vectors(centroids)
     assert_recorded(router.similarities(run["query"]), run["similarities"], _TLE)
     assert_recorded(router(run["query"]).gates, run["weights"], _TLE)
 

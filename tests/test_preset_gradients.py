@@ -26,12 +26,11 @@ from gradients import (
 )
 from router_formulas import RouterInput, bias_step, chosen_counts
 from router_formulas import loss as written_loss
-from tiny_models import preset_config, preset_model
+from tiny_models import PRESETS_THAT_TRAIN, preset_config, preset_model
 from torch import Tensor, nn
 
 from molora import end_step
 from molora.context import runtime_of
-from molora.presets import PRESETS
 from molora.routers import RankWise, SiteStats, Tokens, router_config
 from molora.routers.base import split_statistics
 
@@ -107,9 +106,9 @@ def numbers_together(grads: Gradients) -> Gradients:
 
 
 _KINDS = list(CHECKPOINTING)
-MATRIX = [(name, "loop", kind) for name in PRESETS for kind in CHECKPOINTING]
-MATRIX += [(name, "trainer", _KINDS[i % 3]) for i, name in enumerate(PRESETS)]
-MATRIX += [(name, "sft", _KINDS[(i + 1) % 3]) for i, name in enumerate(PRESETS)]
+MATRIX = [(name, "loop", kind) for name in PRESETS_THAT_TRAIN for kind in CHECKPOINTING]
+MATRIX += [(name, "trainer", _KINDS[i % 3]) for i, name in enumerate(PRESETS_THAT_TRAIN)]
+MATRIX += [(name, "sft", _KINDS[(i + 1) % 3]) for i, name in enumerate(PRESETS_THAT_TRAIN)]
 
 
 @pytest.mark.parametrize("name, trainer, checkpointing", MATRIX)
@@ -139,7 +138,7 @@ def test_gradients_equal_the_hand_written_loss(
     assert max(errors) <= EXACT
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PRESETS_THAT_TRAIN)
 def test_the_oracle_sees_each_loss(name: str) -> None:
     """Without any one of them the matrix would fail by far."""
     batches = task_batches(name, 1)
@@ -157,7 +156,7 @@ def exact_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return -(picked * keep).sum() / keep.sum()
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PRESETS_THAT_TRAIN)
 def test_gradients_in_fp64(name: str) -> None:
     """With nothing lost to rounding: the router losses of the model and its own cross entropy, written out."""
     batches = task_batches(name, 2, seed=11)
@@ -207,13 +206,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def random_routers(options: dict[str, Any], count: int = 3) -> list[Any]:
     """Routers in fp64 for inputs of size 6, with four experts or eight ranks, none of their tensors at its start."""
-    config = router_config({"init_std": 0.7, **options} if options["name"] != "centroid" else options)
+    config = router_config(options if options["name"] in ("centroid", "arrow") else {"init_std": 0.7, **options})
     made: list[Any] = [config.build(6, 1 if options["name"] == "rank_wise" else 4, 8).double() for _ in range(count)]
     for router in made:
         for parameter in router.parameters():
             nn.init.normal_(parameter, std=0.7)
-        if hasattr(router, "set_centroids"):
-            router.set_centroids(torch.randn(4, 6))
+        if hasattr(router, "set_vectors"):
+            router.set_vectors(torch.randn(4, 6))
         if hasattr(router, "bias_steps"):
             router.bias_steps.copy_(torch.randint(-9, 9, router.bias_steps.shape))
     return made
@@ -257,7 +256,7 @@ def test_options_equal_the_formula(what: str, masked: bool) -> None:
         assert torch.allclose(got, torch.zeros_like(got) if written is None else written, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PRESETS_THAT_TRAIN)
 def test_gradcheck_of_gates_and_statistics(name: str) -> None:
     """In fp64, of the gates and of what the losses are made of, against finite differences."""
     config = preset_config(name).router
@@ -280,7 +279,7 @@ def test_gradcheck_of_gates_and_statistics(name: str) -> None:
 
 # -- balance_over: which tokens F is counted over ----------------------------------------------------------------------
 
-BALANCED = [name for name in PRESETS if getattr(preset_config(name).router, "router_aux_loss_coef", 0)]
+BALANCED = [name for name in PRESETS_THAT_TRAIN if getattr(preset_config(name).router, "router_aux_loss_coef", 0)]
 
 
 @pytest.mark.parametrize("count_padding", [False, True])

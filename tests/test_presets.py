@@ -19,7 +19,7 @@ from gradients import (
 )
 from peft import PeftModel
 from router_formulas import decide, margin
-from tiny_models import preset_config, preset_model
+from tiny_models import PRESETS_THAT_TRAIN, preset_config, preset_model
 from torch import Tensor, nn
 
 from molora import record_routing, routing_report, routing_statistics
@@ -37,12 +37,14 @@ SCALES_THE_FFN = {"mixlora-dynamic", "mixlora-switch"}
 STATE = {
     "smora": {"bias_steps"},
     "lora-tle": {"centroid_bits"},
+    "arrow": {"prototype_bits", "present"},
+    "xlora-single-pass": {"bias"},
     "adamole": {"threshold_weight", "threshold_bias"},
     "mole": {"log_temperature"},
     "llava-mole": {"bias"},
 }
 
-every_preset = pytest.mark.parametrize("name", PRESETS)
+every_preset = pytest.mark.parametrize("name", PRESETS_THAT_TRAIN)
 
 
 def labelled(name: str, batch: Batch) -> Batch:
@@ -108,7 +110,7 @@ def test_a_token_is_routed_the_same_in_any_batch(name: str) -> None:
     """Bit for bit, in evaluation, also where the gates do not fill a processor's vectors."""
     model = preset_model(name, tiny_llama(), **({"r": 7} if name == "smora" else {})).eval()
     for router in routers(model)[:7]:
-        x = torch.randn(64, router.centroids.shape[1] if hasattr(router, "centroids") else router.weight.shape[1])
+        x = torch.randn(64, router.vectors.shape[1] if hasattr(router, "vectors") else router.weight.shape[1])
         whole = router(x).gates
         for part in [*(slice(t, t + 1) for t in range(64)), slice(30, 33), slice(5, 64)]:
             assert torch.equal(router(x[part]).gates, whole[part])
@@ -179,7 +181,9 @@ def test_save_and_load(tmp_path: Path, name: str) -> None:
     assert again.peft_config["default"].to_dict()["router"] == model.peft_config["default"].to_dict()["router"]
     kept = [equal(state(a), state(b)) for a, b in zip(routers(model), routers(again), strict=True)]
     assert kept and all(kept)
-    assert set(state(routers(again)[0])) == STATE.get(name, set()) | ({"weight"} if name != "lora-tle" else set())
+    assert set(state(routers(again)[0])) == STATE.get(name, set()) | (
+        set() if name in ("lora-tle", "arrow") else {"weight"}
+    )
     assert torch.equal(logits(again, name), want)
 
 
@@ -191,7 +195,9 @@ def test_a_cast_of_the_model_leaves_integers_alone(name: str) -> None:
     model.to(torch.bfloat16)
     for router, old in zip(routers(model), before, strict=True):
         for key, value in state(router).items():
-            if key in ("bias_steps", "centroid_bits"):
+            if key == "present":
+                assert value.dtype == torch.bool
+            elif key in ("bias_steps", "centroid_bits", "prototype_bits"):
                 assert value.dtype == torch.int32 and torch.equal(value, old[key]) and bool(value.any())
             else:
                 assert value.dtype == torch.bfloat16
@@ -381,7 +387,7 @@ def test_bad_input_says_what_to_do(name: str, options: dict[str, Any], message: 
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 250
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if preset_config(name).router.task_labels(4)])
+@pytest.mark.parametrize("name", [name for name in PRESETS_THAT_TRAIN if preset_config(name).router.task_labels(4)])
 def test_bad_task_labels(name: str) -> None:
     model = preset_model(name, tiny_llama())
     batch = one_batch(name)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from molora.routers import Router, SiteStats, Tokens, TopK, router_config
 from molora.routers.base import common_size, masked_mean, split_statistics
+from molora.routers.centroid import cosine_similarities
 
 
 def make(E: int = 5, D: int = 12, scale: float = 1.0, **options: Any) -> Router:
@@ -148,7 +149,7 @@ def test_common_statistics_of_every_router(options: dict[str, Any]) -> None:
     G, D = config.num_gates(6, 12), 7
     router = config.build(D, 6, 12).eval()
     if options["name"] == "centroid":
-        router.set_centroids(torch.randn(6, D))
+        router.set_vectors(torch.randn(6, D))
     else:
         torch.nn.init.normal_(router.weight, std=0.5)
     x = torch.randn(24, D, dtype=torch.float64)
@@ -156,7 +157,7 @@ def test_common_statistics_of_every_router(options: dict[str, Any]) -> None:
     routing = router(x, Tokens(rows=3, mask=mask), with_stats=True)
     with torch.no_grad():
         if options["name"] == "centroid":
-            probs = router.similarities(x).softmax(1)
+            probs = cosine_similarities(x, router.vectors).softmax(1)
         else:
             logits = x @ router.weight.double().T
             probs = logits.sigmoid() if options["name"] == "rank_wise" else logits.softmax(1)

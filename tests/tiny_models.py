@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from peft import PeftModel, get_peft_model
 
 from molora import MoloraConfig
 from molora.context import runtime_of
+from molora.presets import PRESETS
+from molora.routers import ROUTERS
 
 VOCAB = 97
 _SIZES: dict[str, Any] = {
@@ -123,12 +126,16 @@ _SMALL: dict[str, dict[str, Any]] = {
     "mole": {"router": {"log_balance_coef": 0.1}},
 }
 
+# These want to know of a training batch what others do not, its prompts or its tasks: tests/test_frozen_experts.py.
+PRESETS_THAT_TRAIN = [name for name in PRESETS if PRESETS[name].router not in ("retrieval", "phatgoose")]
+
 
 def preset_config(name: str, **options: Any) -> MoloraConfig:
     """A published system with four experts of rank 4 for a model of three layers, no dropout, and losses that matter;
     options merge into it, inside `router` too."""
     small = {"num_experts": 4, "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, **_SMALL.get(name, {}), **options}
-    spread = {} if name == "lora-tle" else {"init_std": 0.4}
+    has_spread = any(f.name == "init_std" for f in fields(ROUTERS[PRESETS[name].router]))
+    spread = {"init_std": 0.4} if has_spread else {}
     small["router"] = {**spread, **_SMALL.get(name, {}).get("router", {}), **options.get("router", {})}
     return MoloraConfig.from_preset(name, **small)
 
@@ -141,10 +148,10 @@ def preset_model(name: str, base: torch.nn.Module, seed: int = 1, **options: Any
     for site in runtime_of(model).sites:
         router: Any = site.router
         for parameter in router.parameters():
-            if parameter.dim() == 1:  # biases and temperatures
+            if parameter.dim() == 1 or not parameter.any():  # biases, temperatures, gate vectors
                 torch.nn.init.normal_(parameter, std=0.3)
-        if hasattr(router, "set_centroids"):
-            router.set_centroids(torch.randn(router.num_gates, router.centroids.shape[1]))
+        if hasattr(router, "set_vectors"):
+            router.set_vectors(torch.randn(router.num_gates, router.vectors.shape[1]))
         if hasattr(router, "bias_steps"):
             router.bias_steps.copy_(torch.randint(-5, 6, router.bias_steps.shape))
     return model.train()

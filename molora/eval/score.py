@@ -16,6 +16,7 @@ from molora.eval.metrics import METRICS, exact_match, last_number, majority, mea
 from molora.eval.results import wilson
 from molora.eval.rows import load_rows
 from molora.eval.tasks import NullFieldError, TaskConfig
+from molora.prompts import prompts
 
 
 def context_length(model: PreTrainedModel, max_length: int | None = None) -> int | None:
@@ -64,7 +65,7 @@ def score_task(
     for batch in _batches(fitting, batch_size, limit):
         rows = [fitting[index] for index in batch]
         if task.metric == "choice":
-            outcomes = _score_choices(model, rows)
+            outcomes = _score_choices(model, tokenizer, rows)
         else:
             outcomes = _score_generations(model, tokenizer, rows, tokens, limit, task.metric)
         for index, outcome in zip(batch, outcomes, strict=True):
@@ -186,10 +187,15 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 @torch.inference_mode()
-def _score_choices(model: PreTrainedModel, rows: list[Example]) -> list[dict[str, Any]]:
+def _score_choices(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Example]
+) -> list[dict[str, Any]]:
     """Log-likelihood of each choice given the prompt, summed over its tokens; a tie at the top counts as wrong."""
     flat = [(row.prompt_ids, choice) for row in rows for choice in row.choice_ids]
-    scores = choice_log_likelihoods(model, flat).tolist()
+    ids = pad([prompt for prompt, _ in flat], 0)
+    mask = pad([[1] * len(prompt) for prompt, _ in flat], 0)
+    with prompts(model, ids.to(model.device), mask.to(model.device), tokenizer):
+        scores = choice_log_likelihoods(model, flat).tolist()
     outcomes = []
     for row in rows:
         own, scores = scores[: len(row.choices)], scores[len(row.choices) :]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -41,6 +43,19 @@ def quiet() -> None:
 def warn(text: str) -> None:
     """A yellow line on standard error."""
     err.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Warnings of molora's own code as yellow lines; those of other libraries are left out."""
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for entry in caught:
+        if "molora" in Path(entry.filename).parts:
+            warn(str(entry.message))
 
 
 def status(text: str) -> Status:

@@ -10,9 +10,12 @@ from dataclasses import fields
 from typing import Any
 
 from molora.checks import check_choice
+from molora.routers.arrow import Arrow
 from molora.routers.base import Router, RouterConfig, RouterLosses, Routing, SiteStats, Tokens
 from molora.routers.centroid import Centroid
+from molora.routers.phatgoose import Phatgoose
 from molora.routers.rank_wise import RankWise
+from molora.routers.retrieval import Retrieval
 from molora.routers.softmax import Softmax
 from molora.routers.threshold import Threshold
 from molora.routers.top_k import TopK
@@ -22,8 +25,11 @@ from molora.suggest import unknown_key_message
 
 __all__ = [
     "ROUTERS",
+    "Arrow",
     "Centroid",
+    "Phatgoose",
     "RankWise",
+    "Retrieval",
     "Router",
     "RouterConfig",
     "RouterLosses",
@@ -38,7 +44,10 @@ __all__ = [
     "router_config",
 ]
 
-_CONFIGS: tuple[type[RouterConfig], ...] = (TopK, TopP, Tsallis, RankWise, Threshold, Softmax, Centroid)
+_CONFIGS: tuple[type[RouterConfig], ...] = (
+    *(TopK, TopP, Tsallis, RankWise, Threshold, Softmax),
+    *(Centroid, Arrow, Retrieval, Phatgoose),
+)
 ROUTERS: dict[str, type[RouterConfig]] = {config.name: config for config in _CONFIGS}
 
 

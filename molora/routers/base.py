@@ -44,6 +44,7 @@ class Routing(NamedTuple):
             of. Differentiable where a loss needs it. None unless they were asked for.
         sums_to_one: whether every token's gates sum to one by construction.
         input_weight: (T, 1) multiple of the block's own input that an FFN mixture returns beside its experts, or None.
+        fuses: whether the gates average the experts' matrices, and not their outputs.
     """
 
     gates: Tensor
@@ -51,6 +52,7 @@ class Routing(NamedTuple):
     stats: Tensor | None
     sums_to_one: bool
     input_weight: Tensor | None = None
+    fuses: bool = False
 
 
 class SiteStats(NamedTuple):
@@ -144,6 +146,11 @@ class RouterConfig:
         return False
 
     @property
+    def has_centroids(self) -> bool:
+        """Whether example prompts of each expert set its state (`model.set_centroids`)."""
+        return False
+
+    @property
     def moves_in_forward(self) -> bool:
         """Whether a training forward changes state, so that no forward may be run twice for one backward."""
         return False
@@ -196,13 +203,18 @@ class Router(nn.Module):
 
     @property
     def reads_by_itself(self) -> bool:
-        """Whether `logits` is no product of the module's input with the weight, which others may compute."""
+        """Whether `logits` is no product of the module's input with `product_weight`, which others may compute."""
         return False
 
+    @property
+    def product_weight(self) -> Tensor:
+        """(G, D) what the module's input is multiplied with."""
+        return self.weight
+
     def logits(self, x: Tensor, tokens: Tokens | None = None) -> Tensor:
-        """``x W^T + b``, (T, G): as given, or by `exact_linear`."""
+        """``x W^T + b`` with W the `product_weight`, (T, G): as given, or by `exact_linear`."""
         if tokens is None or tokens.logits is None:
-            return exact_linear(x, self.weight, self.bias)
+            return exact_linear(x, self.product_weight, self.bias)
         return tokens.logits if self.bias is None else tokens.logits + self.bias
 
     def move(self, counts: Tensor) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from molora.checks import check_int, check_number
-from molora.routers.base import Router, RouterConfig, Routing, Tokens, widest
+from molora.routers.base import RouterConfig, Routing, Tokens, widest
+from molora.routers.fixed_vectors import FixedVectorRouter
 
 
 def largest_similarity_weights(similarities: Tensor, temperature: float) -> Tensor:
@@ -19,6 +20,14 @@ def largest_similarity_weights(similarities: Tensor, temperature: float) -> Tens
     """
     largest = torch.zeros_like(similarities).scatter(1, similarities.argmax(1, keepdim=True), 1.0)
     return (similarities * (1 + (temperature - 1) * largest)).softmax(1)
+
+
+def cosine_similarities(query: Tensor, vectors: Tensor) -> Tensor:
+    """``q . c / max(|q| |c|, 1e-6)``: (T, D') and (E, D') to (T, E), accumulated in fp64."""
+    accumulate = widest(query)
+    q, c = query.to(accumulate), vectors.to(accumulate)
+    norms = q.norm(dim=1, keepdim=True) * c.norm(dim=1)
+    return (q @ c.T) / norms.clamp(min=1e-6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +91,10 @@ class Centroid(RouterConfig):
         """Whether the query comes from outside the mixture's own input."""
         return self.reads_text or self.layer is not None
 
+    @property
+    def has_centroids(self) -> bool:
+        return True
+
     def check(self, num_experts: int, r: int, placement: str) -> None:
         if self.top_k is not None and self.top_k > num_experts:
             raise ValueError(f"top_k={self.top_k} exceeds num_experts={num_experts}; lower router.top_k")
@@ -93,17 +106,15 @@ class Centroid(RouterConfig):
         return CentroidRouter(self, in_features, num_experts)
 
 
-class CentroidRouter(Router):
-    """The router of `Centroid`. centroid_bits: (E, D') int32, the bits of fp32, so that no cast of the model rounds."""
+class CentroidRouter(FixedVectorRouter):
+    """The router of `Centroid`. centroid_bits: (E, D') int32, the bits of fp32."""
 
     config: Centroid
-    centroid_bits: Tensor
-
-    def __init__(self, config: Centroid, in_features: int, num_experts: int) -> None:
-        super().__init__(config, in_features, num_experts)
-        del self.weight
-        self.register_buffer("centroid_bits", torch.zeros(num_experts, in_features, dtype=torch.int32))
-        self._is_set = False
+    bits = "centroid_bits"
+    advice = (
+        "this centroid router has no centroids yet; give example prompts for each expert with "
+        "model.set_centroids({'expert': [prompts]}, tokenizer)"
+    )
 
     @property
     def reads_by_itself(self) -> bool:
@@ -112,26 +123,11 @@ class CentroidRouter(Router):
     @property
     def centroids(self) -> Tensor:
         """(E, D') fp32."""
-        return self.centroid_bits.view(torch.float32)
-
-    @torch.no_grad()
-    def set_centroids(self, centroids: Tensor) -> None:
-        """Replaces the centroids by (E, D') others."""
-        self.centroid_bits = centroids.to(self.centroid_bits.device, torch.float32).contiguous().view(torch.int32)
-        self._is_set = bool(self.centroid_bits.any())
-
-    def _check_set(self) -> None:
-        if not self._is_set:
-            raise ValueError(
-                "this centroid router has no centroids yet; give example prompts for each expert with "
-                "model.set_centroids({'expert': [prompts]}, tokenizer)"
-            )
+        return self.vectors
 
     def route(self, x: Tensor, tokens: Tokens, with_stats: bool) -> Routing:
         config = self.config
-        if not self._is_set and not torch.compiler.is_compiling():  # one read of the device in the life of a router
-            self._is_set = bool(self.centroid_bits.any())
-            self._check_set()
+        self.check_set()
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         if config.reads_text and tokens.embedding is None:
             raise ValueError(
@@ -144,7 +140,7 @@ class CentroidRouter(Router):
             similarities = gates
         else:
             query = x if tokens.embedding is None else tokens.embedding
-            similarities = self.similarities(query.detach()).to(dtype)
+            similarities = cosine_similarities(query.detach(), self.vectors).to(dtype)
             gates = largest_similarity_weights(similarities, config.temperature)
             if config.top_k is not None:
                 kept = torch.zeros_like(gates).scatter(1, gates.topk(config.top_k, dim=1).indices, 1.0)
@@ -156,10 +152,3 @@ class CentroidRouter(Router):
             chosen = (gates > 0).to(dtype)
             stats = self.statistics(similarities.softmax(1), gates, chosen, tokens.mask, gates.new_zeros(0))
         return Routing(gates, None, stats, True)
-
-    def similarities(self, query: Tensor) -> Tensor:
-        """``q . c / max(|q| |c|, 1e-6)``: (T, D') to (T, E), accumulated in fp64."""
-        accumulate = widest(query)
-        q, c = query.to(accumulate), self.centroids.to(accumulate)
-        norms = q.norm(dim=1, keepdim=True) * c.norm(dim=1)
-        return (q @ c.T) / norms.clamp(min=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +98,8 @@ class Recipe:
     schema: Literal["molora.recipe/1"]
     base: BaseConfig
     mixture: dict[str, Any] | None = None
-    """Keys of MoloraConfig, and ``preset``: a published system whose keys they override."""
+    """Keys of MoloraConfig, and ``preset``: a published system whose keys they override; and ``adapters``: LoRAs that
+    become the experts, by name."""
     lora: dict[str, Any] | None = None
     """Keys of peft.LoraConfig: the one-LoRA baseline, trained by the same loop on the same data."""
     tasks: list[TaskConfig]
@@ -183,11 +185,19 @@ def adapter_config(recipe: Recipe) -> Any:
 def mixture_config(keys: dict[str, Any]) -> Any:
     """A MoloraConfig from the keys of a recipe's mixture section or of ``molora convert``; ``preset`` names a preset.
 
+    With ``adapters``, names and paths of LoRA adapters, the config is one of as many experts; `mixture_of_adapters`
+    makes the model.
+
     Raises:
         ValueError: a key that MoloraConfig does not have, at any depth.
     """
     from molora import MoloraConfig
 
+    if "adapters" in keys:
+        adapters, router, options = _imported(keys)
+        return MoloraConfig(
+            **{"freeze_experts": True, **options}, router=router, num_experts=len(adapters), expert_names=list(adapters)
+        )
     keys = dict(keys)
     preset = keys.pop("preset", None)
     valid = [field.name for field in fields(MoloraConfig)]
@@ -195,3 +205,36 @@ def mixture_config(keys: dict[str, Any]) -> Any:
         if key not in valid:
             raise ValueError(unknown_key_message("MoloraConfig", key, [*valid, "preset"]))
     return MoloraConfig(**keys) if preset is None else MoloraConfig.from_preset(preset, **keys)
+
+
+def _imported(keys: dict[str, Any]) -> tuple[dict[str, str], Any, dict[str, Any]]:
+    """(adapters by name, router, other keys of MoloraConfig) of a mixture made of adapters; of a preset only what the
+    adapters leave open is used."""
+    from molora.from_adapters import check_options
+    from molora.presets import preset_options
+
+    keys = dict(keys)
+    adapters = keys.pop("adapters")
+    if not isinstance(adapters, dict) or not all(isinstance(path, str) for path in adapters.values()):
+        raise ValueError("mixture.adapters must map the name of each expert to a LoRA adapter: {sql: ./sql-lora}")
+    preset = keys.pop("preset", None)
+    router = keys.pop("router", "arrow")
+    check_options(adapters, keys)
+    if preset is not None:
+        named = preset_options(preset, {} if router == "arrow" else {"router": router})
+        router, keys = named["router"], {k: v for k, v in named.items() if k == "placement"} | keys
+    return adapters, router, keys
+
+
+def mixture_of_adapters(
+    base: Any, keys: dict[str, Any], general: Sequence[str] = (), allow_partial: bool = False
+) -> Any:
+    """`molora.from_adapters` with the keys of a recipe's mixture section that has ``adapters``.
+
+    Raises:
+        ValueError: as `from_adapters`.
+    """
+    from molora import from_adapters
+
+    adapters, router, options = _imported(keys)
+    return from_adapters(base, adapters, router, general=general, allow_partial=allow_partial, **options)

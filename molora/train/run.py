@@ -20,7 +20,6 @@ from molora.eval.models import load_base, load_tokenizer
 from molora.eval.results import header, peak_memory_bytes, write_json, write_text
 from molora.eval.score import context_length
 from molora.eval.suite import check_suite, run_suite
-from molora.routers import Centroid
 from molora.train.checkpoint import AtomicTrainer, LogAtSaves
 from molora.train.mixing import TaskReport, mixed_dataset
 from molora.train.output import (
@@ -33,7 +32,7 @@ from molora.train.output import (
     mean_loss,
     stored_results,
 )
-from molora.train.recipe import Recipe, adapter_config, recipe_yaml
+from molora.train.recipe import Recipe, adapter_config, mixture_of_adapters, recipe_yaml
 from molora.train.routing_log import RoutingLog
 from molora.train.streaming import MixedStream, mixed_stream
 from molora.train.task_loss import TaskLosses
@@ -64,33 +63,46 @@ def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, li
         check_suite(recipe.suite, tokenizer, limit)
     config = adapter_config(recipe)
     router = getattr(config, "router", None)
-    if isinstance(router, Centroid) and router.reads_text:
+    if router is not None and router.has_centroids and router.reads_text:
         raise ValueError(
-            f"mixture.router.embedder={router.embedder!r} reads the running text, which training does not have; train "
+            f"mixture.router.embedder={router.embedder!r} reads text, which training does not have; train "
             "with embedder 'base'"
         )
-    if isinstance(router, Centroid) and config.num_experts != len(recipe.tasks):
+    if router is not None and router.has_centroids and config.num_experts != len(recipe.tasks):
         raise ValueError(
-            f"mixture.num_experts={config.num_experts} does not fit a centroid router, which has an expert for each "
-            f"task; set mixture.num_experts={len(recipe.tasks)}"
+            f"mixture.num_experts={config.num_experts} does not fit a {router.name} router, which has an expert for "
+            f"each task; set mixture.num_experts={len(recipe.tasks)}"
         )
     labels = task_labels(recipe, config)
     mix = mixed_stream if recipe.mixing.streaming else mixed_dataset
     rows, reports = mix(recipe.tasks, tokenizer, recipe.mixing, recipe.sequence, limit, labels)
     set_seed(seed)
-    model = get_peft_model(base, config)
-    if isinstance(getattr(config, "router", None), Centroid):
+    if recipe.mixture is not None and "adapters" in recipe.mixture:
+        model = mixture_of_adapters(base, recipe.mixture)
+        _check_trainable(model, config)
+    else:
+        model = get_peft_model(base, config)
+    if router is not None and router.has_centroids:
         model.set_centroids(example_texts(rows, recipe, tokenizer), tokenizer)
     return model, tokenizer, rows, reports
 
 
 def task_labels(recipe: Recipe, config: Any) -> list[int]:
-    """The task label of each task: its own, or its position.
+    """The task label of each task: its own, or the number of the imported expert of its name, or its position.
 
     Raises:
-        ValueError: a router loss that tells fewer tasks apart.
+        ValueError: a router loss that tells fewer tasks apart, or a task without an expert of its name.
     """
     labels = [i if task.task_label is None else task.task_label for i, task in enumerate(recipe.tasks)]
+    names = list((recipe.mixture or {}).get("adapters", ()))
+    if names:
+        for i, task in enumerate(recipe.tasks):
+            if task.task_label is None and task.name not in names:
+                raise ValueError(
+                    f"task {task.name!r} has no expert of its name among mixture.adapters ({', '.join(names)}); rename "
+                    "it, or set its task_label to the number of its expert"
+                )
+            labels[i] = names.index(task.name) if task.task_label is None else task.task_label
     router = getattr(config, "router", None)
     known = 0 if router is None else router.task_labels(fewest(config.num_experts))
     for task, label in zip(recipe.tasks, labels, strict=True):
@@ -101,6 +113,14 @@ def task_labels(recipe: Recipe, config: Any) -> list[int]:
                 + (", or mixture.num_experts to the number of tasks" if known > 2 else "")
             )
     return labels
+
+
+def _check_trainable(model: PeftModel, config: Any) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"router {config.router.name!r} needs no training and the imported experts are frozen; use `molora convert "
+            "--adapters`, or set mixture.freeze_experts: false to train the experts on"
+        )
 
 
 def fewest(num_experts: int | list[int]) -> int:

@@ -1,0 +1,220 @@
+"""LoRA adapters as the experts of one mixture, without training."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from molora.config import MoloraConfig
+from molora.context import Runtime, runtime_of
+from molora.layers import MoloraLayer, linear_features
+from molora.linear import MixedLinear
+from molora.lora_files import LoraPair, read_lora
+from molora.lora_match import match_lora
+from molora.prototypes import set_prototypes
+from molora.routers import Arrow, RouterConfig, router_config
+from molora.suggest import unknown_key_message
+
+Pairs = dict[str, LoraPair]
+
+# What follows from the adapters, or has no meaning for experts that exist.
+_DERIVED = (
+    *("num_experts", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
+    *("exclude_modules", "expert_names", "init_lora_weights", "share_A", "plain_lora", "layers_to_transform"),
+    "layers_pattern",
+)
+
+
+def from_adapters(
+    base: nn.Module,
+    adapters: Mapping[str, str | os.PathLike[str]],
+    router: RouterConfig | Mapping[str, Any] | str = "arrow",
+    *,
+    general: Sequence[str | os.PathLike[str]] = (),
+    allow_partial: bool = False,
+    dtype: torch.dtype | None = None,
+    adapter_name: str = "default",
+    power_iterations: int | None = None,
+    **options: Any,
+) -> PeftModel:
+    """Makes one model of many LoRA adapters of one base: each adapter is an expert, a router chooses for each token.
+
+    Every linear that some adapter changes gets a mixture. Ranks may differ (zeros fill them up, exactly), so may
+    targets (an expert is nothing where its adapter has no weights) and scalings (folded into B). Experts are frozen
+    unless `freeze_experts=False`.
+
+    Args:
+        base: the causal LM that the adapters belong to; it is converted in place, as `get_peft_model` does.
+        adapters: for each expert's name a PEFT LoRA: directory or hub id.
+        router: "arrow" works as it is; "centroid" and "retrieval" then want `model.set_centroids(examples, tokenizer)`;
+            "phatgoose" and "top_k" want their gates trained (a recipe with `mixture.adapters`).
+        general: adapters of general knowledge, whose mean A and mean B are subtracted from those of every expert
+            (PEFT's GenKnowSub); of the experts' rank and targets.
+        allow_partial: accepts adapters whose config names modules that have no weights.
+        dtype: of the experts; None: that of the adapters, and fp32 where they differ or where folding a scaling in
+            would round.
+        adapter_name: PEFT's name for the mixture.
+        power_iterations: for arrow, see `molora.prototypes.right_singular_vectors`.
+        options: more keys of MoloraConfig: placement ("linear" or "block"), freeze_experts, lora_dropout, ...
+
+    Raises:
+        ValueError: an adapter that is none, is damaged or belongs to another base, or an option that the adapters
+            decide. The base is then as it was.
+    """
+    router = router_config(router)
+    check_options(adapters, options)
+    pools = _read(base, adapters, allow_partial)
+    if general:
+        pools = _subtract(pools, [pairs_of(base, path, allow_partial) for path in general], adapters)
+    config = _config(base, pools, router, options)
+    dtype = dtype or _dtype(pools.values())
+    model = get_peft_model(base, config, adapter_name=adapter_name)
+    for name, layer in linears_of(runtime_of(model), adapter_name).items():
+        _fill(layer, adapter_name, [pool.get(name) for pool in pools.values()], dtype)
+    if isinstance(router, Arrow):
+        set_prototypes(model, adapter_name, power_iterations)
+    return model
+
+
+def check_options(adapters: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raises ValueError for names of experts, and for options, that `from_adapters` cannot take."""
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise ValueError(f"adapters={adapters!r} must map names of experts to PEFT LoRA adapters, at least one")
+    for name in adapters:
+        check_name(name)
+    for key in options:
+        if key in _DERIVED:
+            raise ValueError(f"{key} follows from the adapters; leave it out")
+        if key not in (valid := [f.name for f in fields(MoloraConfig) if f.name not in _DERIVED]):
+            raise ValueError(unknown_key_message("from_adapters", key, valid))
+    if options.get("placement", "linear") not in ("linear", "block"):
+        raise ValueError(
+            f"placement={options['placement']!r}: LoRAs of linears become experts of linears; use 'linear' or 'block'"
+        )
+
+
+def check_name(name: Any) -> None:
+    """Raises ValueError for what cannot name an expert."""
+    if not isinstance(name, str) or not name.strip() or set(name) & set("/\\") or name.startswith("."):
+        raise ValueError(f"expert name {name!r} must be a word without slashes; it names a directory on export")
+
+
+def pairs_of(base: nn.Module, path: str | os.PathLike[str], allow_partial: bool) -> Pairs:
+    """The weights of an adapter by the linear of this base; a warning names linears that lack them."""
+    pairs, missing = match_lora(read_lora(os.fspath(path)), base, allow_partial)
+    if missing:
+        warnings.warn(
+            f"{path} has no weights for {len(missing)} of the {len(pairs) + len(missing)} linears that its config "
+            f"names, first {missing[0]}; its expert is nothing there",
+            stacklevel=1,  # ours, so that the command line can tell it from other libraries' warnings
+        )
+    return pairs
+
+
+def _read(base: nn.Module, adapters: Mapping[str, str | os.PathLike[str]], allow_partial: bool) -> dict[str, Pairs]:
+    pools = {}
+    for name, path in adapters.items():
+        try:
+            pools[name] = pairs_of(base, path, allow_partial)
+        except ValueError as error:
+            raise ValueError(f"expert {name!r}: {error}") from error
+    return pools
+
+
+def _subtract(pools: dict[str, Pairs], general: list[Pairs], adapters: Mapping[str, Any]) -> dict[str, Pairs]:
+    """Each expert without the mean A and the mean B of general adapters."""
+    result: dict[str, Pairs] = {}
+    for name, pool in pools.items():
+        result[name] = {}
+        for module, pair in pool.items():
+            others = [g[module] for g in general if module in g and g[module].A.shape == pair.A.shape]
+            if len(others) != len(general):
+                raise ValueError(
+                    f"expert {name!r} ({adapters[name]}): general adapters must have its rank, {len(pair.A)}, on "
+                    f"{module}; leave them out, or give general adapters of the same rank and targets"
+                )
+            A = torch.stack([other.A.float() for other in others]).mean(0)
+            B = torch.stack([other.B.float() for other in others]).mean(0)
+            result[name][module] = LoraPair(pair.A.float() - A, pair.B.float() - B, pair.scaling)
+    return result
+
+
+def _dtype(pools: Iterable[Pairs]) -> torch.dtype:
+    """The dtype that holds A and scaling * B of all experts as they are, or fp32."""
+    pairs = [pair for pool in pools for pair in pool.values()]
+    dtypes = {pair.A.dtype for pair in pairs} | {pair.B.dtype for pair in pairs}
+    exact = all(_is_power_of_2(scaling) for scaling in {pair.scaling for pair in pairs})
+    return dtypes.pop() if len(dtypes) == 1 and exact else torch.float32
+
+
+def _is_power_of_2(number: float) -> bool:
+    return number > 0 and float(torch.frexp(torch.tensor(number, dtype=torch.float64)).mantissa) == 0.5
+
+
+def _config(base: nn.Module, pools: dict[str, Pairs], router: RouterConfig, options: Mapping[str, Any]) -> MoloraConfig:
+    ranks = _ranks(pools.values())
+    largest = max(ranks.values())
+    # The scalings are in B, so that alpha is the rank everywhere.
+    pattern = {name: r for name, r in ranks.items() if r != largest}
+    return MoloraConfig(
+        **{"freeze_experts": True, **options},
+        num_experts=len(pools),
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=_short_names(base, set(ranks)),
+        init_lora_weights="imported",
+        router=router,
+        expert_names=list(pools),
+    )
+
+
+def _ranks(pools: Iterable[Pairs]) -> dict[str, int]:
+    """The largest rank on each module, in the order of first appearance."""
+    ranks: dict[str, int] = {}
+    for pool in pools:
+        for name, pair in pool.items():
+            ranks[name] = max(ranks.get(name, 0), len(pair.A))
+    return ranks
+
+
+def _short_names(base: nn.Module, names: set[str]) -> list[str]:
+    """The endings of the names where they say the same, else the names."""
+    leaves = {name.rpartition(".")[2] for name in names}
+    same = {n for n, m in base.named_modules() if n.rpartition(".")[2] in leaves and linear_features(m) is not None}
+    return sorted(leaves if {n.removesuffix(".base_layer") for n in same} == names else names)
+
+
+def linears_of(runtime: Runtime, adapter: str) -> dict[str, MixedLinear]:
+    """The linears of an adapter, by their name in the base."""
+    base = runtime.model()
+    assert base is not None
+    return {n: m for n, m in base.named_modules() if isinstance(m, MixedLinear) and adapter in m.molora_specs}
+
+
+@torch.no_grad()
+def _fill(layer: MixedLinear, adapter: str, pairs: Sequence[LoraPair | None], dtype: torch.dtype) -> None:
+    """Puts pairs, or nothing, in the place of all experts of a linear."""
+    r = layer.molora_specs[adapter][""].r
+    A = torch.zeros(len(pairs), r, layer.in_features, dtype=dtype)
+    B = torch.zeros(len(pairs), r, layer.out_features, dtype=dtype)
+    for e, pair in enumerate(pairs):
+        if pair is not None:
+            A[e, : len(pair.A)] = pair.A
+            B[e, : len(pair.A)] = (pair.B.T.float() * pair.scaling).to(dtype)
+    replace_experts(layer, adapter, A, B)
+
+
+def replace_experts(layer: MoloraLayer, adapter: str, A: Tensor, B: Tensor) -> None:
+    """Other A (E, R, D) and B (E, R, O), of any E and R, for a linear."""
+    for container, value in (("molora_A", A), ("molora_B", B)):
+        module = getattr(layer, container)[adapter]
+        module.weight = nn.Parameter(value.to(module.weight.device), requires_grad=module.weight.requires_grad)
