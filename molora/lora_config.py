@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from typing import Any
@@ -49,7 +50,8 @@ def short(value: Any) -> str:
 
 def one_line(error: BaseException) -> str:
     """What another library's exception says, on one line, cut to 200 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    text = str(error).rsplit("WeightsUnpickler error: ", 1)[-1]  # before it, torch advises to load without care
+    return " ".join(f"{type(error).__name__}: {text}".split())[:200]
 
 
 def refuse(path: str, sentence: str) -> ValueError:
@@ -184,9 +186,9 @@ def _check_values(config: dict[str, Any]) -> None:
 
 
 def _check_alpha(key: str, value: Any) -> None:
+    if isinstance(value, (int, float)) and value > _MAX_ALPHA and value != math.inf:
+        raise ValueError(f"{key}={short(value)} must be at most {_MAX_ALPHA:g}")
     check_number(key, value, above=0)
-    if value > _MAX_ALPHA:
-        raise ValueError(f"{key}={value:g} must be at most {_MAX_ALPHA:g}")
 
 
 def _check_expression(key: str, pattern: str) -> None:

@@ -10,10 +10,11 @@ import math
 import os
 import re
 import shutil
+import uuid
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -24,24 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from molora.experts import scaling_factor
-from molora.lora_config import CONFIG_FILE, one_line, rank_and_scaling, read_config, refuse, short
-from molora.lora_tensors import PICKLE_FILE, SAFETENSORS_FILE, parse_key, read_tensors
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class LoraPair(NamedTuple):
-    """The LoRA of one module: y + scaling * B A x.
-
-    Attributes:
-        A: (r, D), float32, float16 or bfloat16, on the CPU; memory-mapped where the file is a safetensors file.
-        B: (O, r), likewise.
-        scaling: lora_alpha / r, or lora_alpha / sqrt(r) where use_rslora.
-    """
-
-    A: Tensor
-    B: Tensor
-    scaling: float
+from molora.lora_config import CONFIG_FILE, check_config, one_line, rank_and_scaling, read_config, refuse, short
+from molora.lora_tensors import PICKLE_FILE, SAFETENSORS_FILE, LoraPair, check_pair, parse_key, read_tensors
 
 
 @dataclass(frozen=True)
@@ -105,34 +90,6 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
     return LoraFile(path, config.get("base_model_name_or_path"), pairs, config)
 
 
-def check_pair(path: str, module: str, pair: LoraPair, r: int) -> None:
-    """Raises ValueError unless A is (r, D) and B is (O, r), of floats, none of them NaN or infinite."""
-    shapes = f"A {tuple(pair.A.shape)} and B {tuple(pair.B.shape)} of {short(module)}"
-    for matrix, tensor in (("A", pair.A), ("B", pair.B)):
-        if tensor.dtype not in DTYPES:
-            raise refuse(
-                path,
-                f"lora_{matrix} of {short(module)} is {tensor.dtype}; convert it to torch.float32, float16 or bfloat16",
-            )
-    if pair.A.dim() != 2 or pair.B.dim() != 2:
-        raise refuse(path, f"{shapes} are no matrices; only the LoRA of a linear becomes an expert")
-    if not pair.A.numel() or not pair.B.numel():
-        raise refuse(path, f"{shapes}: empty; gather sharded parameters before saving (DeepSpeed ZeRO-3, FSDP)")
-    if (pair.A.shape[0], pair.B.shape[1]) != (r, r):
-        if (pair.A.shape[1], pair.B.shape[0]) == (r, r):
-            raise refuse(path, f"{shapes} are swapped or transposed: wanted A ({r}, D) and B (O, {r}); save it again")
-        raise refuse(
-            path, f"{shapes} do not have the rank {r} that {CONFIG_FILE} gives them; they are of different adapters"
-        )
-    for matrix, tensor in (("A", pair.A), ("B", pair.B)):
-        if not bool(tensor.isfinite().all()):
-            raise refuse(
-                path,
-                f"lora_{matrix} of {short(module)} holds NaN or infinity; it is damaged or its training diverged, use "
-                "an earlier checkpoint",
-            )
-
-
 def _download(path: str) -> str:
     """The local snapshot of a hub repository's config and weights."""
     if os.path.lexists(path):
@@ -158,8 +115,8 @@ def write_lora(
     """Writes one LoRA as a directory that PEFT, vLLM and SGLang load: y + scaling * B A x on each module.
 
     `r` is the largest rank and `lora_alpha` gives the commonest scaling; modules that differ are named in rank_pattern
-    and alpha_pattern. vLLM gives every module lora_alpha / r, and SGLang takes no unequal ranks: a LoRA for them needs
-    one scaling, for SGLang one rank too.
+    and alpha_pattern. PEFT heeds both. vLLM reads neither and gives every module lora_alpha / r, so that a LoRA for it
+    needs one scaling (its ranks may differ); one for SGLang needs one scaling and one rank.
 
     Args:
         directory: made whole or not at all; must not exist, or be empty.
@@ -180,10 +137,11 @@ def write_lora(
     if not pairs:
         raise refuse(directory, "there are no pairs to write; give at least one module")
     for name, pair in pairs.items():
-        check_pair(directory, name, pair, pair.A.shape[0])
+        check_pair(directory, name, pair, pair.A.shape[0] if pair.A.dim() else 0)
         if not math.isfinite(pair.scaling) or pair.scaling <= 0:
             raise refuse(directory, f"{short(name)} has scaling={pair.scaling}; give a finite number above 0")
     config = _make_config(pairs, _target_modules(pairs, model), base_name, fan_in_fan_out)
+    check_config(directory, config.to_dict())
     tensors = {
         f"base_model.model.{name}.lora_{matrix}.weight": tensor.detach()
         .cpu()
@@ -192,9 +150,9 @@ def write_lora(
         for matrix, tensor in (("A", pair.A), ("B", pair.B))
     }
     os.makedirs(os.path.dirname(directory), exist_ok=True)
-    unfinished = f"{directory}.unfinished-{os.getpid()}"
+    unfinished = f"{directory}.unfinished-{uuid.uuid4().hex}"
+    os.mkdir(unfinished)
     try:
-        os.mkdir(unfinished)
         save_file(tensors, os.path.join(unfinished, SAFETENSORS_FILE), metadata={"format": "pt"})
         config.save_pretrained(unfinished)
         os.replace(unfinished, directory)  # over an empty directory, or none

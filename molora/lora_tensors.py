@@ -1,19 +1,21 @@
-"""The tensors of an adapter's weights file and what their keys say; damage is an error, nothing in it is executed."""
+"""The tensors of an adapter's weights file what their keys say and the pairs they make; nothing in it is executed."""
 
 from __future__ import annotations
 
 import os
 import re
 import zipfile
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from molora.lora_config import one_line, refuse, short
+from molora.lora_config import CONFIG_FILE, one_line, refuse, short
 
 SAFETENSORS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # lora_A.weight as PEFT saves it, lora_A.<adapter>.weight as a model's own state dict has it.
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
@@ -26,8 +28,57 @@ _OTHER_KEYS = (
     (r"\.lora_[AB]$", "a layout from before PEFT 0.4; load it with the PEFT that wrote it and save it again"),
     (r"\.lora_", "no A or B of a plain LoRA; train a plain LoRA, or convert the file to PEFT's layout"),
     (r"\.bias$", "a trained bias, which has no place in an expert; train with bias='none'"),
-    (r"\.weight$", "a whole trained module (modules_to_save, or a resized embedding), which has no place in an expert"),
+    (
+        r"\.weight$",
+        "a whole trained module (modules_to_save, resized embedding), which no expert has; train without it",
+    ),
 )
+
+
+class LoraPair(NamedTuple):
+    """The LoRA of one module: y + scaling * B A x.
+
+    Attributes:
+        A: (r, D), float32, float16 or bfloat16, on the CPU; memory-mapped where the file is a safetensors file.
+        B: (O, r), likewise.
+        scaling: lora_alpha / r, or lora_alpha / sqrt(r) where use_rslora.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+
+def check_pair(path: str, module: str, pair: LoraPair, r: int) -> None:
+    """Raises ValueError unless A is (r, D) and B is (O, r), of floats, none of them NaN or infinite."""
+    shapes = f"A {tuple(pair.A.shape)} and B {tuple(pair.B.shape)} of {short(module)}"
+    for matrix, tensor in (("A", pair.A), ("B", pair.B)):
+        if tensor.is_meta:
+            raise refuse(
+                path, f"lora_{matrix} of {short(module)} has no values here; load it from where it is offloaded"
+            )
+        if tensor.dtype not in DTYPES:
+            raise refuse(
+                path,
+                f"lora_{matrix} of {short(module)} is {tensor.dtype}; convert it to torch.float32, float16 or bfloat16",
+            )
+    if pair.A.dim() != 2 or pair.B.dim() != 2:
+        raise refuse(path, f"{shapes} are no matrices; only the LoRA of a linear becomes an expert")
+    if not pair.A.numel() or not pair.B.numel():
+        raise refuse(path, f"{shapes}: empty; gather sharded parameters before saving (DeepSpeed ZeRO-3, FSDP)")
+    if (pair.A.shape[0], pair.B.shape[1]) != (r, r):
+        if (pair.A.shape[1], pair.B.shape[0]) == (r, r):
+            raise refuse(path, f"{shapes} are swapped or transposed: wanted A ({r}, D) and B (O, {r}); save it again")
+        raise refuse(
+            path, f"{shapes} do not have the rank {r} that {CONFIG_FILE} gives them; they are of different adapters"
+        )
+    for matrix, tensor in (("A", pair.A), ("B", pair.B)):
+        if not bool(tensor.isfinite().all()):
+            raise refuse(
+                path,
+                f"lora_{matrix} of {short(module)} holds NaN or infinity; it is damaged or its training diverged, use "
+                "an earlier checkpoint",
+            )
 
 
 def read_tensors(path: str, directory: str) -> dict[str, Tensor]:
@@ -71,10 +122,12 @@ def _read_pickle(path: str, file: str) -> dict[str, Tensor]:
                 raise ValueError(f"checksum of {bad}")
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises anything at all, from KeyError to struct.error
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {named[1][:80]}" if named else one_line(error)
         raise refuse(
             path,
-            f"{PICKLE_FILE} is damaged, or holds more than tensors and would run code ({one_line(error)}); nothing was "
-            f"run, ask for {SAFETENSORS_FILE}",
+            f"{PICKLE_FILE} is damaged, or holds more than tensors and would run code ({reason}); nothing was run, ask "
+            f"for {SAFETENSORS_FILE}",
         ) from None
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise refuse(

@@ -1,11 +1,11 @@
-"""LoRA files: what PEFT saved is read as PEFT computes it, what is written loads in PEFT, and the rest is refused."""
+"""LoRA files: what PEFT saved is read as PEFT computes it, what is written loads in PEFT, in every layout."""
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,28 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from peft import LoraConfig, PeftModel, get_peft_model
+from lora_adapters import (
+    PREFIX,
+    TARGETS,
+    WEIGHTS,
+    A,
+    B,
+    Q,
+    copy_lora,
+    edit_config,
+    edit_weights,
+    peft_model,
+    same,
+)
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_models import base_model, logits
-from torch import Tensor, nn
+from torch import nn
 
 from molora.lora_files import LoraPair, read_lora, write_lora
 from molora.lora_match import base_modules, match_lora
 
 DATA = Path(os.environ.get("MOLORA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")).resolve()
-Q = "model.layers.0.self_attn.q_proj"
-PREFIX = "base_model.model."
-TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
-WEIGHTS = "adapter_model.safetensors"
-
-
-def peft_model(family: str = "llama", **options: Any) -> PeftModel:
-    """A model with a LoRA by PEFT that changes its outputs."""
-    options = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[family], "init_lora_weights": False} | options
-    if family == "gpt2":
-        options["fan_in_fan_out"] = True
-    base = base_model(family)
-    torch.manual_seed(7)
-    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **options)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -48,40 +47,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def adapter(saved: Path, tmp_path: Path) -> Path:
-    """A copy of it to damage."""
-    copy = tmp_path / "adapter"
-    copy.mkdir()
-    for name in ("adapter_config.json", WEIGHTS):
-        (copy / name).write_bytes((saved / name).read_bytes())
-    return copy
-
-
-def edit_config(path: Path, drop: tuple[str, ...] = (), **changes: Any) -> None:
-    file = path / "adapter_config.json"
-    config = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in config.items() if key not in drop}))
-
-
-def edit_weights(path: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
-    """Saves the tensors that `edit` returns, or that it leaves in the dict it gets."""
-    tensors = load_file(path / WEIGHTS)
-    edited = edit(tensors)
-    tensors = edited if isinstance(edited, dict) else tensors
-    save_file({key: value.clone() for key, value in tensors.items()}, path / WEIGHTS, metadata={"format": "pt"})
-
-
-def refused(path: Path, sentence: str) -> None:
-    """Reading raises one sentence that names the adapter and matches."""
-    with pytest.raises(ValueError, match=sentence) as error:
-        read_lora(path)
-    assert str(error.value).startswith(f"adapter {path}: ") and "\n" not in str(error.value)
-
-
-def same(first: dict[str, LoraPair], second: dict[str, LoraPair]) -> bool:
-    return first.keys() == second.keys() and all(
-        torch.equal(a.A, b.A) and torch.equal(a.B, b.B) and a.A.dtype == b.A.dtype and a.scaling == b.scaling
-        for a, b in ((first[name], second[name]) for name in first)
-    )
+    return copy_lora(saved, tmp_path / "adapter")
 
 
 # -- what PEFT saved, and what is written ------------------------------------------------------------------------------
@@ -191,7 +157,10 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path, saved: Path, monkeypatch
         (LoraPair(A * float("inf"), B, 1.0), "NaN or infinity"),
         (LoraPair(A, B[:, :2], 1.0), "rank 4"),
         (LoraPair(A.int(), B, 1.0), "torch.int32"),
+        (LoraPair(A.to("meta"), B, 1.0), "has no values here; load it"),
+        (LoraPair(torch.tensor(1.0), B, 1.0), "no matrices"),
         (LoraPair(A, B, float("nan")), "finite number above 0"),
+        (LoraPair(A, B, 1e9), "lora_alpha.*must be at most|alpha_pattern.*must be at most"),
     ):
         with pytest.raises(ValueError, match=sentence):
             write_lora(tmp_path / "a", pairs | {Q: bad}, None)
@@ -212,6 +181,14 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path, saved: Path, monkeypatch
     with pytest.raises(ValueError, match="there already.*new directory"):
         write_lora(tmp_path / "a", pairs, None)
     assert same(read_lora(tmp_path / "a").pairs, pairs)
+
+
+def test_what_was_read_outlives_its_file(saved: Path, adapter: Path):
+    lora = read_lora(adapter)
+    write_lora(adapter.parent / "other", {name: pair._replace(A=pair.A * 2) for name, pair in lora.pairs.items()}, None)
+    shutil.rmtree(adapter)
+    (adapter.parent / "other").rename(adapter)
+    assert same(lora.pairs, read_lora(saved).pairs)
 
 
 # -- layouts -----------------------------------------------------------------------------------------------------------
@@ -271,226 +248,14 @@ def test_a_converted_pissa_is_an_ordinary_lora(tmp_path: Path):
             parameter.data.add_(0.1)
     want = logits(model)
     model.save_pretrained(tmp_path / "raw")
-    refused(tmp_path / "raw", "init_lora_weights='pissa'.*path_initial_model_for_weight_conversion")
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'.*path_initial_model_for_weight_conversion"):
+        read_lora(tmp_path / "raw")
     model.save_pretrained(tmp_path / "done", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     lora = read_lora(tmp_path / "done")
     assert lora.pairs[Q].A.shape[0] == 8
     loaded = PeftModel.from_pretrained(base_model(), tmp_path / "done")
     assert torch.allclose(logits(loaded), want, atol=1e-4)
     assert all(loaded.get_submodule(PREFIX + n).scaling["default"] == p.scaling for n, p in lora.pairs.items())
-
-
-# -- refusals ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"peft_type": "VERA"}, "peft_type='VERA'.*train a LoRA"),
-        ({"peft_type": None}, "peft_type=None"),
-        ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS'.*causal LMs"),
-        ({"use_dora": True}, "use_dora=True.*DoRA.*use_dora=False"),
-        ({"use_dora": "false"}, "use_dora='false'"),
-        ({"use_qalora": True}, "use_qalora=True.*QA-LoRA"),
-        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens.*activated"),
-        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora=.*may compute more"),
-        ({"arrow_config": {"top_k": 2}}, "arrow_config="),
-        ({"kasa_config": {"beta": 1.0}}, "kasa_config="),
-        ({"velora_config": {"scale": 1.0}}, "velora_config="),
-        ({"monteclora_config": {"num_samples": 1}}, "monteclora_config="),
-        ({"megatron_config": {"a": 1}}, "megatron_config="),
-        ({"use_something_new": True}, "use_something_new=True.*train without use_something_new"),
-        ({"alpha": 7}, "alpha=7"),
-        ({"bias": "lora_only"}, "bias='lora_only'.*trained biases"),
-        ({"lora_bias": True}, "lora_bias=True.*no place"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save=.*whole trained modules"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices=.*trained tokens"),
-        ({"target_parameters": ["experts.w"]}, "target_parameters=.*target_modules"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication=.*other layers"),
-        *[
-            ({"init_lora_weights": init}, f"init_lora_weights='{init}'.*path_initial_model_for_weight_conversion")
-            for init in ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq")
-        ],
-        ({"init_lora_weights": "magic"}, "'magic' is not known.*wanted one of True"),
-        ({"r": "8"}, "r='8' must be an integer"),
-        ({"r": 0}, "r=0 must be an integer of at least 1"),
-        ({"r": -1}, "r=-1"),
-        ({"r": True}, "r=True"),
-        ({"r": 4.0}, "r=4.0"),
-        ({"r": 10**9}, "rank 1000000000"),
-        ({"lora_alpha": float("nan")}, "lora_alpha=nan must be a finite number above 0"),
-        ({"lora_alpha": 1e30}, r"lora_alpha=1e\+30 must be at most"),
-        ({"lora_alpha": 10**400}, "correct adapter_config.json"),
-        ({"lora_alpha": None}, "lora_alpha=None"),
-        ({"use_rslora": "no"}, "use_rslora='no'"),
-        ({"rank_pattern": [1]}, "rank_pattern=.*must be an object"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.*at least 1"),
-        ({"rank_pattern": {"q_proj": 5}}, "rank 5 that adapter_config.json gives"),
-        ({"rank_pattern": {"(": 5}}, "no regular expression"),
-        ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha_pattern.*finite"),
-        ({"target_modules": None}, "target_modules is missing or empty"),
-        ({"target_modules": {"q": 1}}, "target_modules=.*list of names"),
-        ({"target_modules": "("}, "no regular expression"),
-        ({"layers_to_transform": ["1"]}, "layers_to_transform='1'"),
-        ({"layers_pattern": "h"}, "layers_pattern without"),
-        ({"target_modules": ".*", "layers_to_transform": 1}, "need a list"),
-        ({"base_model_name_or_path": 3}, "base_model_name_or_path=3 must be text"),
-    ],
-    ids=str,
-)
-def test_a_config_that_no_expert_computes_is_refused(adapter: Path, change: dict[str, Any], sentence: str):
-    read_lora(adapter)
-    edit_config(adapter, **change)
-    refused(adapter, sentence)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"alpha": 6},
-        {"init_lora_weights": "gaussian"},
-        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
-        {"loftq_config": {"loftq_bits": 4}},
-        {"use_something_new": False},
-        {"rank_pattern": None, "alpha_pattern": None},
-        {"qalora_group_size": 4, "lora_dropout": 0.3, "inference_mode": False, "fan_in_fan_out": True},
-    ],
-    ids=str,
-)
-def test_settings_of_training_do_not_matter(saved: Path, adapter: Path, change: dict[str, Any]):
-    edit_config(adapter, **change)
-    assert same(read_lora(adapter).pairs, read_lora(saved).pairs)
-
-
-@pytest.mark.parametrize("key", ["r", "lora_alpha", "peft_type", "target_modules"])
-def test_a_config_without_its_keys_is_refused(adapter: Path, key: str):
-    edit_config(adapter, drop=(key,))
-    refused(adapter, key)
-
-
-A, B = f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}{Q}.lora_B.weight"
-
-
-@pytest.mark.parametrize(
-    ("edit", "sentence"),
-    [
-        (lambda t: t.pop(A), f"'{Q}' has lora_B but no lora_A"),
-        (lambda t: t.pop(B), f"'{Q}' has lora_A but no lora_B"),
-        (lambda t: t | {A: t[B], B: t[A]}, r"swapped or transposed: wanted A \(4, D\) and B \(O, 4\)"),
-        (lambda t: t | {A: t[A].t().contiguous(), B: t[B].t().contiguous()}, "swapped or transposed"),
-        (lambda t: t | {A: t[A][:3].clone()}, "do not have the rank 4"),
-        (lambda t: t | {A: t[A].double()}, "lora_A.*torch.float64; convert"),
-        (lambda t: t | {B: t[B].int()}, "lora_B.*torch.int32"),
-        (lambda t: t | {B: t[B].to(torch.float8_e4m3fn)}, "float8_e4m3fn"),
-        (lambda t: t | {A: t[A][None]}, "no matrices"),
-        (lambda t: t | {A: t[A][:0]}, "empty.*gather"),
-        (lambda t: t[A].fill_(float("nan")), "lora_A.*NaN or infinity"),
-        (lambda t: t[B][0, :1].fill_(float("-inf")), "lora_B.*NaN or infinity"),
-        (lambda t: {"a": t[A][:0]}, "'a' is no key of a LoRA"),
-        (lambda t: {}, "no lora_A and lora_B"),
-        (lambda t: t | {f"{PREFIX}model.embed_tokens.lora_embedding_A": t[A]}, "LoRA of an embedding"),
-        (lambda t: t | {f"{PREFIX}{Q}.lora_magnitude_vector.weight": t[A][0]}, "DoRA's magnitudes"),
-        (lambda t: t | {f"{PREFIX}{Q}.lora_magnitude_vector": t[A][0]}, "DoRA's magnitudes"),
-        (lambda t: t | {f"{PREFIX}{Q}.lora_B.bias": t[A][0]}, "a bias of the LoRA"),
-        (lambda t: t | {f"{PREFIX}{Q}.lora_diag": t[A][0]}, "no A or B of a plain LoRA"),
-        (lambda t: t | {f"{PREFIX}{Q}.base_layer.bias": t[A][0]}, "a trained bias"),
-        (lambda t: t | {f"{PREFIX}lm_head.weight": t[A]}, "whole trained module"),
-        (lambda t: t | {f"{PREFIX}lm_head.modules_to_save.weight": t[A]}, "whole trained module"),
-        (lambda t: t | {f"{PREFIX}model.embed_tokens.trainable_tokens_delta": t[A]}, "trained tokens"),
-        (lambda t: {k.removesuffix(".weight"): v for k, v in t.items()}, "layout from before PEFT 0.4"),
-        (lambda t: {"lora_unet_x.lora_down.weight": t[A]}, "no A or B of a plain LoRA"),
-        (lambda t: t | {A.replace(".weight", ".b.weight"): t[A]}, "belongs to another adapter"),
-        (lambda t: t | {A.removeprefix(PREFIX): t[A]}, "is there twice"),
-    ],
-)
-def test_weights_that_are_no_plain_lora_are_refused(adapter: Path, edit: Callable[..., Any], sentence: str):
-    edit_weights(adapter, edit)
-    refused(adapter, sentence)
-
-
-def test_files_that_are_not_there_or_not_whole_are_refused(adapter: Path, tmp_path: Path):
-    whole = (adapter / WEIGHTS).read_bytes()
-    (adapter / WEIGHTS).write_bytes(whole[:-1])
-    refused(adapter, "safetensors is damaged.*download or save it again")
-    (adapter / WEIGHTS).write_bytes((2**60).to_bytes(8, "little") + whole[8:])
-    refused(adapter, "safetensors is damaged")
-    huge = whole.replace(b'"shape":[4,32]', b'"shape":[4,99]', 1)
-    assert huge != whole
-    (adapter / WEIGHTS).write_bytes(huge)
-    refused(adapter, "safetensors is damaged")
-    (adapter / WEIGHTS).unlink()
-    refused(adapter, "wanted adapter_model.safetensors or adapter_model.bin; download")
-    (adapter / WEIGHTS).symlink_to(tmp_path / "nowhere")
-    refused(adapter, "broken link")
-    (adapter / WEIGHTS).unlink()
-    (adapter / WEIGHTS).mkdir()
-    refused(adapter, "is a directory")
-    for text in ("", "{", "[1]", "\x00", "[" * 100_000, '"r"'):
-        (adapter / "adapter_config.json").write_text(text)
-        refused(adapter, "adapter_config.json is ")
-    (adapter / "adapter_config.json").write_bytes(b"\xff\xfe{}")
-    refused(adapter, "not JSON")
-    (adapter / "adapter_config.json").unlink()
-    refused(adapter, "adapter_config.json is missing.*give a directory")
-
-
-def test_paths_that_are_no_directory_are_refused(adapter: Path, tmp_path: Path):
-    refused(adapter / WEIGHTS, "not a directory; give the directory")
-    refused(tmp_path / "nowhere", "no such directory, and no such repository.*correct the path")
-    with pytest.raises(ValueError, match="adapter someone/something: no such directory.*correct the path or id"):
-        read_lora("someone/something")
-
-
-def test_a_hub_id_is_resolved(saved: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch):
-    asked: list[Any] = []
-
-    def download(repo: str, allow_patterns: list[str]) -> str:
-        asked.append((repo, allow_patterns))
-        return str(adapter)
-
-    monkeypatch.setattr("molora.lora_files.snapshot_download", download)
-    lora = read_lora("someone/something")
-    assert asked == [("someone/something", ["adapter_config.json", WEIGHTS])]
-    assert same(lora.pairs, read_lora(saved).pairs) and lora.path == "someone/something"
-
-
-class Payload:
-    """A pickle of this makes a file when it is loaded without care."""
-
-    def __init__(self, marker: str) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (self.marker,)
-
-
-def test_a_pickle_that_wants_to_run_code_runs_nothing(adapter: Path, tmp_path: Path):
-    marker, file = tmp_path / "marker", adapter / "adapter_model.bin"
-    tensors = load_file(adapter / WEIGHTS)
-    (adapter / WEIGHTS).unlink()
-    torch.save(tensors | {A: Payload(str(marker))}, file)
-    refused(adapter, "would run code.*nothing was run, ask for adapter_model.safetensors")
-    file.write_bytes(pickle.dumps(Payload(str(marker))))
-    refused(adapter, "nothing was run")
-    assert not marker.exists()
-    with pytest.raises(FileExistsError):  # what the payload would have done
-        pickle.loads(file.read_bytes())
-        pickle.loads(file.read_bytes())
-
-
-def test_a_pickle_of_something_else_is_refused(adapter: Path):
-    (adapter / WEIGHTS).unlink()
-    file = adapter / "adapter_model.bin"
-    for value, sentence in (
-        ([torch.ones(1)], "holds a list"),
-        ({A: 3}, "is no plain tensor"),
-        ({A: torch.ones(2, 2).to_sparse()}, "is no plain tensor"),
-        ({A: torch.ones(1).expand(2**40)}, "larger than the file"),
-    ):
-        torch.save(value, file)
-        refused(adapter, sentence)
-    torch.save({A: torch.randn(500)}, file, _use_new_zipfile_serialization=False)
-    refused(adapter, "adapter_model.bin is damaged")
 
 
 # -- the base ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import random
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from lora_adapters import CONFIG, PICKLE, WEIGHTS, Payload, peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import base_model
 from torch import Tensor, nn
@@ -23,19 +22,8 @@ from torch import Tensor, nn
 from molora.lora_files import LoraFile, read_lora
 from molora.lora_match import match_lora
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 COUNT = 200
 MARKER = "ran"
-
-
-class Payload:
-    """Unpickled without care, it makes a directory beside the weights."""
-
-    def __init__(self, directory: Path) -> None:
-        self.marker = str(directory / MARKER)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (self.marker,)
 
 
 def save(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -137,17 +125,17 @@ def as_pickle(path: Path, content: Any) -> None:
 
 def payload_beside_tensors(path: Path, rng: random.Random) -> None:
     tensors = load_file(path / WEIGHTS)
-    as_pickle(path, tensors | {rng.choice(sorted(tensors)): Payload(path)})
+    as_pickle(path, tensors | {rng.choice(sorted(tensors)): Payload(str(path / MARKER))})
 
 
 def payload_alone(path: Path, rng: random.Random) -> None:
     (path / WEIGHTS).unlink()
-    (path / PICKLE).write_bytes(pickle.dumps(Payload(path), protocol=rng.randrange(6)))
+    (path / PICKLE).write_bytes(pickle.dumps(Payload(str(path / MARKER)), protocol=rng.randrange(6)))
 
 
 def pickle_named_safetensors(path: Path, rng: random.Random) -> None:
     tensors = load_file(path / WEIGHTS)
-    as_pickle(path, {"a": Payload(path)} if rng.random() < 0.5 else tensors)
+    as_pickle(path, {"a": Payload(str(path / MARKER))} if rng.random() < 0.5 else tensors)
     (path / PICKLE).rename(path / WEIGHTS)
 
 
@@ -261,8 +249,7 @@ def base() -> nn.Module:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA as PEFT saves it, of sizes in which nothing can be taken for anything else."""
     path = tmp_path_factory.mktemp("whole")
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    get_peft_model(base_model(), config).save_pretrained(path)
+    peft_model(target_modules=["q_proj", "v_proj"]).save_pretrained(path)
     (path / "README.md").unlink(missing_ok=True)
     return path
 
@@ -292,12 +279,13 @@ def test_every_damaged_adapter_is_refused(whole: Path, base: nn.Module, tmp_path
             check_unseen(kind, lora, want)
             unseen[kind] += 1
         assert not list(path.glob(f"**/{MARKER}")), f"{path.name} ran what was in it"
-    # Of the bytes of a tensor's values most leave it finite; of a header or a zip file nearly all are checked.
-    assert unseen["header_flip"] <= 2 and unseen["pickle_flip"] <= 2, unseen
+    # Nearly every byte of a header counts, and of a zip file most; its padding and some of its fields nobody reads.
+    times = Counter(kinds[number % len(kinds)] for number in range(COUNT))
+    assert unseen["header_flip"] <= 1 and unseen["pickle_flip"] <= times["pickle_flip"] // 2, unseen
 
 
 def test_the_payload_would_run(tmp_path: Path):
-    pickle.loads(pickle.dumps(Payload(tmp_path)))
+    pickle.loads(pickle.dumps(Payload(str(tmp_path / MARKER))))
     assert (tmp_path / MARKER).is_dir()
 
 
