@@ -55,14 +55,15 @@ class PoolSize(NamedTuple):
 
 @torch.no_grad()
 def joint_basis(
-    A: Tensor, B: Tensor, rank: int, *, iterations: int = 10, normalize: bool = False, seed: int = 0
+    A: Tensor, B: Tensor, rank: int, *, iterations: int = 10, normalize: bool = False, seed: int | None = None
 ) -> JointBasis:
     """The shared basis of rank K that keeps most of all experts of a linear.
 
     Minimises ``sum_e w_e^2 |B_e^T A_e - U Sigma_e V^T|^2`` over orthonormal U, V and any Sigma_e, which is
     ``U^T B_e^T A_e V`` at the best. In turn, U becomes the first K left singular vectors of ``[w_e B_e^T A_e V]_e``
-    and V those of ``[w_e A_e^T B_e U]_e``: no step raises the objective. Exact once K reaches the rank of the stacked
-    A and that of the stacked B. Each sweep costs two SVDs of about (E R, E min(R, K)), cubic in E R up to D or O.
+    and V those of ``[w_e A_e^T B_e U]_e``: no step raises the objective, and where it ends depends on where it starts.
+    Exact once K reaches the rank of the stacked A and that of the stacked B. Each sweep costs two SVDs of about
+    (E R, E min(R, K)), cubic in E R up to D or O.
 
     Args:
         A: (E, R, D), or (1, R, D) shared; any floating dtype. Zero rows pad experts of lower rank.
@@ -71,7 +72,9 @@ def joint_basis(
         iterations: sweeps, each a new U and a new V; at least 1.
         normalize: w_e = 1 / |B_e^T A_e|, so that large experts do not take the basis; else w_e = 1. The norms stay in
             Sigma, and the errors are of the experts as they came.
-        seed: of the random orthonormal V that the sweeps begin with, drawn on the CPU.
+        seed: None: the sweeps begin with the first K right singular vectors of the stacked ``w_e B_e^T A_e``, from
+            which even one ends within sqrt(2) of the least error, and which zero rows and absent experts do not change.
+            A number: with a random orthonormal V drawn on the CPU, as in the paper.
 
     Returns:
         U, Sigma, V and the errors. The same input gives the same numbers on one machine.
@@ -83,13 +86,17 @@ def joint_basis(
     """
     A, B = checked_experts(A, B, rank)
     check_int("iterations", iterations)
-    check_int("seed", seed, at_least=0)
+    if seed is not None:
+        check_int("seed", seed, at_least=0)
     Q_A, F = _core(A, rank)
     Q_B, G = _core(B, rank)
     norms = product_norms(G, F)
     weighted = G / norms.where(norms > 0, 1).view(-1, 1, 1) if normalize else G
-    start = torch.randn(F.shape[1], rank, dtype=F.dtype, generator=torch.Generator().manual_seed(seed))
-    V = torch.linalg.qr(start.to(F.device)).Q
+    if seed is None:
+        V = _singular_vectors(F, torch.linalg.qr(weighted, mode="r").R, rank)
+    else:
+        start = torch.randn(F.shape[1], rank, dtype=F.dtype, generator=torch.Generator().manual_seed(seed))
+        V = torch.linalg.qr(start.to(F.device)).Q
     for _ in range(iterations):
         U = _singular_vectors(weighted, torch.linalg.qr(V.T @ F, mode="r").R, rank)
         V = _singular_vectors(F, torch.linalg.qr(U.T @ weighted, mode="r").R, rank)

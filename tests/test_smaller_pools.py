@@ -83,25 +83,34 @@ def test_errors_are_those_of_dense_products(shape: tuple[int, ...], normalize: b
 def test_as_good_as_the_dense_alternation(normalize: bool) -> None:
     A, B = related(5, 3, 18, 15, shared=4, noise=0.5)
     scale = products(A, B).flatten(1).norm(dim=1).view(-1, 1, 1) if normalize else 1.0
-    start = torch.linalg.qr(normal(18, 4, seed=9)).Q
+    start = torch.linalg.svd((products(A, B) / scale).flatten(0, 1)).Vh[:4].T
     kept, errors = dense_jd_full(A, B / scale, 4, 60, start)
     basis = joint_basis(A, B, 4, iterations=60, normalize=normalize)
     ours = ((products(A, B) - basis.U @ basis.Sigma @ basis.V.T) / scale).square().sum()
-    assert float(ours) == pytest.approx(errors[-1], rel=1e-9)  # of the objective: the subspace is found to its root
-    torch.testing.assert_close(basis.U @ basis.Sigma @ basis.V.T, kept * scale, rtol=1e-3, atol=1e-3)
+    assert float(ours) == pytest.approx(errors[-1], rel=1e-9)
+    torch.testing.assert_close(basis.U @ basis.Sigma @ basis.V.T, kept * scale, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", [None, 0])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_no_sweep_raises_the_objective(normalize: bool) -> None:
+def test_no_sweep_raises_the_objective(normalize: bool, seed: int | None) -> None:
     A, B = pool(6, 3, 24, 20)
     B = B * torch.logspace(-1, 1, 6, dtype=torch.float64).view(-1, 1, 1)
     weights = products(A, B).flatten(1).norm(dim=1) if not normalize else torch.ones(6, dtype=torch.float64)
     objectives = [
-        float((joint_basis(A, B, 4, iterations=n, normalize=normalize).error * weights).square().sum())
+        float((joint_basis(A, B, 4, iterations=n, normalize=normalize, seed=seed).error * weights).square().sum())
         for n in range(1, 12)
     ]
     assert all(after <= before * (1 + 1e-12) for before, after in zip(objectives, objectives[1:], strict=False))
-    assert objectives[-1] < 0.99 * objectives[0]
+    assert objectives[-1] < objectives[0]
+
+
+def test_one_sweep_is_near_the_best_and_random_starts_are_not_better() -> None:
+    for trial in range(10):
+        A, B = pool(4, 3, 15, 12, seed=10 * trial)
+        errors = [float(joint_basis(A, B, 3, iterations=100, seed=seed).total_error) for seed in (None, 0, 1, 2)]
+        assert float(joint_basis(A, B, 3, iterations=1).total_error) <= 2**0.5 * min(errors)
+        assert errors[0] <= 1.02 * min(errors)
 
 
 @pytest.mark.parametrize("K", [6, 7, 10])
@@ -157,7 +166,7 @@ def test_absent_experts_and_unequal_ranks(normalize: bool) -> None:
     each, total = dense_errors(A, B, basis.U @ basis.Sigma @ basis.V.T)
     torch.testing.assert_close(basis.error.tolist(), each, rtol=1e-9, atol=1e-12)
     present = joint_basis(A[[0, 1, 3]], B[[0, 1, 3]], 3, iterations=30, normalize=normalize)
-    torch.testing.assert_close(basis.error[[0, 1, 3]], present.error, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(basis.error[[0, 1, 3]], present.error, rtol=1e-8, atol=1e-10)
     exact = joint_basis(A, B, 6, iterations=1, normalize=normalize)  # 1 + 3 + 0 + 2 ranks
     assert exact.error.max() < 1e-12
 
@@ -176,7 +185,7 @@ def test_normalizing_keeps_small_experts() -> None:
 def test_shared_A_and_low_precision() -> None:
     A, B = pool(1, 3, 14, 14)[0], pool(4, 3, 14, 11)[1]
     one, stacked = joint_basis(A, B, 2), joint_basis(A.expand(4, -1, -1), B, 2)
-    torch.testing.assert_close(one.error, stacked.error, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(one.error, stacked.error, rtol=1e-8, atol=1e-10)
     assert joint_basis(A, B, 11, iterations=1).total_error < 1e-12
     half_A, half_B = A.bfloat16().requires_grad_(), B.bfloat16()
     basis, merged = joint_basis(half_A, half_B, 2), merge_ranks(half_A, half_B, 2)
@@ -322,7 +331,7 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
     for function in (joint_basis, merge_ranks):
         first, again, other = function(A, B, 5), function(A, B, 5), function(A, B, 5, seed=1)
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
-        assert not torch.equal(first[0], other[0])
+        assert torch.equal(function(A, B, 5, seed=1)[0], other[0]) and not torch.equal(first[0], other[0])
 
 
 def test_norms_of_products() -> None:
