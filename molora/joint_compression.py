@@ -1,4 +1,4 @@
-"""A pool of LoRA experts in one basis: each expert keeps a small matrix, the two large ones are shared.
+"""A pool of LoRA experts in one basis: each expert keeps a small matrix, the two large ones are shared; or in one A.
 
 ``B_e^T A_e ~ U Sigma_e V^T``: JD-Full of Compress then Serve (arXiv 2407.00066), an orthogonal Tucker decomposition of
 two sides. No (O, D) matrix is made: with thin QR decompositions ``A_e^T = Q_A F_e`` and ``B_e^T = Q_B G_e`` of all
@@ -39,13 +39,30 @@ class JointBasis(NamedTuple):
     total_error: Tensor
 
 
+class SharedA(NamedTuple):
+    """Experts that share A, ``B_e^T A``; all float64, on the device of the experts; the scaling is 1.
+
+    Attributes:
+        A: (1, K, D), orthonormal rows.
+        B: (E, K, O); zero for an absent expert.
+        error: (E,), as in `JointBasis`.
+        total_error: (), as in `JointBasis`.
+    """
+
+    A: Tensor
+    B: Tensor
+    error: Tensor
+    total_error: Tensor
+
+
 class PoolSize(NamedTuple):
     """Numbers that three forms of a pool of one linear hold, biases and routers aside.
 
     Attributes:
         experts: A and B of every expert, ``E R (D + O)``.
         basis: U, V and every Sigma_e, ``K (D + O) + E K^2``.
-        share_A: a shared A and a B for each expert, ``K D + E K O``: what runs. May be more than `experts`.
+        share_A: a shared A and a B for each expert, ``K D + E K O``: what runs. More than `experts` where K is above
+            about ``R (D + O) / O``.
     """
 
     experts: int
@@ -91,7 +108,7 @@ def joint_basis(
     Q_A, F = _core(A, rank)
     Q_B, G = _core(B, rank)
     norms = product_norms(G, F)
-    weighted = G / norms.where(norms > 0, 1).view(-1, 1, 1) if normalize else G
+    weighted = _weighted(G, norms) if normalize else G
     if seed is None:
         V = _singular_vectors(F, torch.linalg.qr(weighted, mode="r").R, rank)
     else:
@@ -109,13 +126,41 @@ def joint_basis(
 def experts_of(basis: JointBasis) -> tuple[Tensor, Tensor]:
     """The experts of a basis in the form that runs with ``share_A``: ``A = V^T`` and ``B_e = (U Sigma_e)^T``.
 
-    Their factor is 1, since the scaling is in Sigma. Gates of whole experts mean what they meant; gates of single
-    ranks do not, for there is no old rank in the basis.
+    Their factor is 1, since the scaling is in Sigma; `shared_A` gives better ones of that form. Gates of whole experts
+    mean what they meant; gates of single ranks do not, for there is no old rank in the basis.
 
     Returns:
         A (1, K, D) and B (E, K, O), float64, contiguous; round them to the dtype of the pool.
     """
     return basis.V.T[None].contiguous(), (basis.U @ basis.Sigma).mT.contiguous()
+
+
+@torch.no_grad()
+def shared_A(A: Tensor, B: Tensor, rank: int, *, normalize: bool = False) -> SharedA:
+    """The experts of one common A that are nearest to those of a linear: the best that ``share_A`` can hold.
+
+    Minimises ``sum_e w_e^2 |B_e^T A_e - B'_e^T V^T|^2`` over V (D, K) and B': V are the first K right singular vectors
+    of the stacked ``w_e B_e^T A_e``, and ``B'_e = (B_e^T A_e V)^T``. No iteration, and that sum is at most what
+    `joint_basis` leaves, whose B' must lie in U as well: for a pool that runs with a shared A, U costs accuracy and
+    saves nothing. `joint_basis` is for a pool that is kept as U, Sigma and V.
+
+    Args:
+        A, B, rank, normalize: as in `joint_basis`.
+
+    Raises:
+        ValueError: see `checked_experts`.
+
+    Source: Eckart and Young's theorem on the stacked products.
+    """
+    A, B = checked_experts(A, B, rank)
+    Q_A, F = _core(A, rank)
+    G = torch.linalg.qr(B.mT, mode="r").R
+    norms = product_norms(G, F)
+    V = _singular_vectors(F, _weighted(G, norms) if normalize else G, rank)
+    VF = V.T @ F
+    residuals = product_norms(G, F - V @ VF)
+    total_error = relative(residuals.norm(), norms.norm())
+    return SharedA((Q_A @ V).T[None].contiguous(), VF @ B, relative(residuals, norms), total_error)
 
 
 def pool_size(num_experts: int, r: int, in_features: int, out_features: int, rank: int) -> PoolSize:
@@ -144,6 +189,11 @@ def _core(X: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     rows = functional.pad(rows, (0, 0, 0, max(0, rank - len(rows))))
     Q, F = torch.linalg.qr(rows.T)
     return Q, F[:, : X.shape[0] * X.shape[1]].unflatten(1, X.shape[:2]).movedim(1, 0)
+
+
+def _weighted(G: Tensor, norms: Tensor) -> Tensor:
+    """Factors G (E, ., R) of products with norms (E,), scaled to a norm of 1; absent ones stay as they are."""
+    return G / norms.where(norms > 0, 1).view(-1, 1, 1)
 
 
 def _singular_vectors(F: Tensor, L: Tensor, rank: int) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from molora.joint_compression import experts_of, joint_basis, pool_size
+from molora.joint_compression import experts_of, joint_basis, pool_size, shared_A
 from molora.kernels.reference import Projection, mixture_linear
 from molora.low_rank import product_norms
 from molora.rank_clusters import MergedRanks, merge_ranks
@@ -215,6 +215,27 @@ def test_experts_of_a_basis_run_in_the_reference_kernel() -> None:
     torch.testing.assert_close(got, out + x @ products(A[:1], B[:1])[0].T, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", POOLS.values(), ids=POOLS)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_best_shared_A(shape: tuple[int, ...], normalize: bool) -> None:
+    *sizes, K = shape
+    A, B = pool(*sizes)
+    if sizes[0] > 2:
+        B[1] = 0.0
+        B[2] *= 10
+    shared, basis = shared_A(A, B, K, normalize=normalize), joint_basis(A, B, K, normalize=normalize)
+    assert shared.A.shape == (1, K, sizes[2]) and shared.B.shape == (sizes[0], K, sizes[3])
+    each, total = dense_errors(A, B, products(shared.A.expand(sizes[0], -1, -1), shared.B))
+    torch.testing.assert_close(shared.error.tolist(), each, rtol=1e-9, atol=1e-12)
+    assert float(shared.total_error) == pytest.approx(total, rel=1e-9, abs=1e-12)
+    norms = products(A, B).flatten(1).norm(dim=1)
+    weights = (norms > 0).double() if normalize else norms
+    stacked = (products(A, B) * (weights / norms.where(norms > 0, 1)).view(-1, 1, 1)).flatten(0, 1)
+    least = torch.linalg.svdvals(stacked)[K:].norm()  # Eckart and Young
+    assert float((shared.error * weights).norm()) == pytest.approx(float(least), rel=1e-9, abs=1e-10)
+    assert (shared.error * weights).norm() <= (basis.error * weights).norm() + 1e-10
+
+
 def planted_units(E: int, R: int, D: int, O: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Experts of the same R units in other orders, with other signs and other scales between a and b; and the units."""
     unit_A, unit_B = pool(1, R, D, O, seed=20)
@@ -359,10 +380,12 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("function", [joint_basis, merge_ranks])
+@pytest.mark.parametrize("function", [joint_basis, shared_A, merge_ranks])
 @pytest.mark.parametrize("case", BAD.values(), ids=BAD)
 def test_bad_input(function: object, case: tuple[tuple[object, ...], dict[str, int], str]) -> None:
     args, options, message = case
+    if function is shared_A and options:
+        return  # it has none of these
     with pytest.raises(ValueError, match=re.escape(message)):
         function(*args, **options)  # type: ignore[operator]
 
