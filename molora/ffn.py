@@ -154,7 +154,7 @@ class MixedFFN(MoloraLayer):
         """The output of the FFN: the frozen down-projection, its experts, and what is left of the frozen FFN."""
         structure, base = self.structure, self.base_layer
         down = getattr(base, structure.names["down"])
-        hidden = hidden.view(*x.shape[:-1], -1)
+        hidden = hidden.view(*x.shape[:-1], hidden.shape[-1])
         out: Tensor = down(hidden)
         excess = not routing.sums_to_one and getattr(down, "bias", None) is not None
         if excess:

@@ -67,7 +67,13 @@ def is_plain_linear(base: nn.Module) -> bool:
     Its output is then a fresh tensor, and so is the gradient of its input. Subclasses (quantised linears) may return
     views, hooks may keep what they see.
     """
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    hooked = (
+        nn.modules.module._has_any_global_hook()
+        or base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+    )
     return type(base) in (nn.Linear, Conv1D) and not hooked and "forward" not in vars(base)
 
 

@@ -96,7 +96,7 @@ def to_adapters(model: nn.Module, out: str | os.PathLike[str], adapter_name: str
     written = {}
     for expert, pairs in experts.items():
         written[expert] = Path(out) / expert
-        write_lora(written[expert], pairs, name)
+        write_lora(written[expert], pairs, name, model=base)
     return written
 
 
