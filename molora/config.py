@@ -78,6 +78,10 @@ class MoloraConfig(PeftConfig):
         bias: "none", "all" or "molora_only": which biases train.
         ensure_weight_tying: as in LoraConfig, for modules_to_save and trainable_token_indices.
         expert_names: names of the experts, num_experts of them; for reports.
+        riemannian: True: the experts' gradients come back preconditioned, ``(B B^T + delta I)^-1 dA`` and
+            ``(A A^T + delta I)^-1 dB`` with delta = 1e-6, whatever the optimiser (arXiv 2502.15828,
+            `molora.preconditioning`); "gate_rescaled": with the square root of each gate in the experts' gradients too
+            (not with placement "ffn" nor router "rank_wise"). Nothing but training depends on it.
         base_fingerprint: written on save, checked on load: which base the adapter belongs to. Set it to None in a
             loaded config to put the adapter on another base on purpose.
         format_version: of the checkpoint's layout.
@@ -105,6 +109,7 @@ class MoloraConfig(PeftConfig):
     bias: Literal["none", "all", "molora_only"] = "none"
     ensure_weight_tying: bool = False
     expert_names: list[str] | None = None
+    riemannian: bool | str = False
     base_fingerprint: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
@@ -140,6 +145,7 @@ class MoloraConfig(PeftConfig):
             check_bool(key, getattr(self, key))
         check_choice("placement", self.placement, get_args(Placement))
         check_choice("init_lora_weights", self.init_lora_weights, (True, False, "gaussian"))
+        check_choice("riemannian", self.riemannian, (True, False, "gate_rescaled"))
         check_choice("bias", self.bias, ("none", "all", "molora_only"))
         if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, dict):
             raise ValueError(f"base_fingerprint={self.base_fingerprint!r} must be what molora saved, or null")
@@ -155,6 +161,8 @@ class MoloraConfig(PeftConfig):
                     "its own to each expert"
                 )
         self.router = router_config(self.router)
+        if self.riemannian == "gate_rescaled":
+            self._check_rescaled(self.router)
         counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
         for count in set(counts):
             self.router.check(count, self.r, self.placement)
@@ -162,6 +170,18 @@ class MoloraConfig(PeftConfig):
             self._check_counts(self.router)
         if self.plain_lora is not None:
             self.plain_lora = _plain_lora(self.plain_lora, self)
+
+    def _check_rescaled(self, router: RouterConfig) -> None:
+        if self.placement == "ffn":
+            raise ValueError(
+                "riemannian='gate_rescaled' is for mixtures of linears, but placement 'ffn' mixes the hidden states of "
+                "whole FFNs; use riemannian=True, or placement 'ffn_linear'"
+            )
+        if router.name == "rank_wise":
+            raise ValueError(
+                "riemannian='gate_rescaled' takes the square roots of gates, and those of router 'rank_wise' can be "
+                "negative; use riemannian=True"
+            )
 
     def _check_counts(self, router: RouterConfig) -> None:
         pooled = getattr(router, "balance_pool", "layer") == "model" or getattr(router, "log_balance_coef", 0)

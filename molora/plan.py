@@ -195,6 +195,7 @@ def _spec(config: MoloraConfig) -> MixtureSpec:
         share_A=config.share_A,
         init_lora_weights=config.init_lora_weights,
         router=config.router,
+        riemannian=config.riemannian,
     )
 
 

@@ -246,6 +246,13 @@ def _trainer(
     except (ValueError, ImportError, RuntimeError) as error:
         # For instance report_to for a service that is not installed, or fp16 without a GPU.
         raise ValueError(f"recipe.training: {error}") from error
+    if recipe.optimizer.loraplus_lr_ratio is not None:
+        if "optimizer" in getattr(args.hf_deepspeed_config, "config", {}):
+            raise ValueError(
+                "optimizer.loraplus_lr_ratio makes the optimizer, and so does the section optimizer of "
+                "recipe.training.deepspeed; remove one of them"
+            )
+        trainer.loraplus_lr_ratio = recipe.optimizer.loraplus_lr_ratio
     trainer.remove_callback(PrinterCallback)
     trainer.task_losses = TaskLosses([task.name for task in recipe.tasks])
     return trainer
