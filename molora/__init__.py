@@ -4,6 +4,7 @@ from molora.centroids import set_centroids
 from molora.config import MoloraConfig
 from molora.context import aux_weight, end_step
 from molora.equal_lora import equal_lora
+from molora.init_experts import initialize_eva_weights
 from molora.integrations.peft import register as _register
 from molora.telemetry import record_routing, router_losses, routing_report, routing_statistics
 
@@ -13,6 +14,7 @@ __all__ = [
     "aux_weight",
     "end_step",
     "equal_lora",
+    "initialize_eva_weights",
     "record_routing",
     "router_losses",
     "routing_report",

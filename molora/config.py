@@ -13,6 +13,7 @@ from peft import PeftConfig, TaskType
 from peft.utils import CONFIG_NAME
 
 from molora.checks import check_bool, check_choice, check_fraction, check_int, check_names, check_number
+from molora.init_experts import check_init
 from molora.presets import preset_options
 from molora.routers import Centroid, RouterConfig, router_config
 from molora.suggest import unknown_key_message
@@ -60,7 +61,9 @@ class MoloraConfig(PeftConfig):
         lora_dropout: probability of dropping an input feature of the experts, 0 <= p < 1; the router sees all of them.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         init_lora_weights: True: A uniform, B zero, so that a fresh mixture is the base; "gaussian": A normal with
-            standard deviation 1/r, B zero; False: both uniform, for tests.
+            standard deviation 1/r, B zero; "orthogonal": PEFT's, neither zero, but each expert's product (r even, no
+            share_A, not with router "rank_wise"); "eva": as True until `molora.initialize_eva_weights` has seen data;
+            False: both uniform, for tests. What would change the base ("pissa", "olora", "lora_ga", ...) is refused.
         share_A: one A for all experts of a mixture (HydraLoRA).
         placement: "linear": a router for each adapted linear; "block": linears that read the same input (q/k/v;
             gate/up) share one router; "ffn": an expert is a whole FFN with its own LoRA on each projection;
@@ -144,7 +147,6 @@ class MoloraConfig(PeftConfig):
         for key in ("use_rslora", "share_A", "ensure_weight_tying"):
             check_bool(key, getattr(self, key))
         check_choice("placement", self.placement, get_args(Placement))
-        check_choice("init_lora_weights", self.init_lora_weights, (True, False, "gaussian"))
         check_choice("riemannian", self.riemannian, (True, False, "gate_rescaled"))
         check_choice("bias", self.bias, ("none", "all", "molora_only"))
         if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, dict):
@@ -161,6 +163,7 @@ class MoloraConfig(PeftConfig):
                     "its own to each expert"
                 )
         self.router = router_config(self.router)
+        check_init(self.init_lora_weights, [self.r, *self.rank_pattern.values()], self.share_A, self.router.name)
         if self.riemannian == "gate_rescaled":
             self._check_rescaled(self.router)
         counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]

@@ -43,7 +43,7 @@ class _Solve(torch.autograd.Function):
 
 @torch.no_grad()
 def _gram(weight: Tensor, delta: float, summed: bool = False) -> Tensor:
-    """``W W^T + delta I`` of each expert, or with the sum over experts, in fp32 at least: (E, R, N) -> (E or 1, R, R)."""
+    """``W W^T + delta I`` of each expert or, `summed`, of all: (E, R, N) -> (E, R, R) or (1, R, R), fp32 at least."""
     with torch.autocast(weight.device.type, enabled=False):
         wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         gram = wide @ wide.mT
@@ -55,14 +55,14 @@ def _gram(weight: Tensor, delta: float, summed: bool = False) -> Tensor:
 def preconditioned(experts: Projection, delta: float = DELTA) -> Projection:
     """The same experts, whose gradients come back preconditioned.
 
-    For each expert ``dA <- (B B^T + delta I)^-1 dA`` and ``dB <- (A A^T + delta I)^-1 dB``, with A and B as they were in
-    the forward. Where experts share A, the matrix for it is ``sum_e B_e B_e^T + delta I``: of the metric
+    For each expert ``dA <- (B B^T + delta I)^-1 dA`` and ``dB <- (A A^T + delta I)^-1 dB``, with A and B as they were
+    in the forward. Where experts share A, the matrix for it is ``sum_e B_e B_e^T + delta I``: of the metric
     ``sum_e |B_e^T dA|^2`` of all products that A is part of; for one expert it is the same.
 
-    With B zero, as in a fresh mixture, ``(delta I)^-1`` meets a gradient of A that is exactly zero: the first step moves
-    B alone. B is then of the size of one step, so that A's gradient, which is of the order of B, comes back of the order
-    of 1 / B, at most ``1 / (2 sqrt(delta))`` = 500 times what it is per unit of B: plain SGD makes its largest steps
-    there, AdamW divides them away, and clipping by the norm of all gradients would let them shrink everybody else's.
+    With B zero, as in a fresh mixture, ``(delta I)^-1`` meets a gradient of A that is exactly zero: the first step
+    moves B alone. B is then as small as one step, and A's gradient, a product with B, comes back with B / (B^2 + delta)
+    in the place of B: at most ``1 / (2 sqrt(delta))`` = 500, where B is near sqrt(delta). Plain SGD makes its largest
+    steps there; AdamW divides them away; clipping by the norm of all gradients lets them shrink everybody else's.
 
     Args:
         experts: A (E, R, D) or (1, R, D), B (E, R, O), any floating dtype. Matrices and solutions are in fp32 (fp64 for
@@ -71,12 +71,12 @@ def preconditioned(experts: Projection, delta: float = DELTA) -> Projection:
             PEFT's default (`autocast_adapter_dtype`).
         delta: > 0.
 
-    Where the system is singular to working precision, or its solution not finite, the gradient of that expert is left as
-    it is. No host sync. Not a gradient of anything: do not differentiate it again.
+    Where the system is singular to working precision, or its solution not finite, the gradient of that expert is left
+    as it is. No host sync. Not a gradient of anything: do not differentiate it again.
 
     Source: arXiv 2502.15828, section 3; THUDM/MoELoRA_Riemannian, custom_optimizer.py (SGDr, AdamWr), where B is
-    (O, R). Deviation: AdamWr steps on A in place before it reads A for B's matrix, so it pairs the gradient of B with the
-    A of the next step; here, as in SGDr, both are the matrices the gradients were taken at.
+    (O, R). Deviation: AdamWr steps on A in place before it reads A for B's matrix, so it pairs the gradient of B with
+    the A of the next step; here, as in SGDr, both are the matrices the gradients were taken at.
     """
     A, B = experts.A, experts.B
     new_A: Tensor = _Solve.apply(A, _gram(B, delta, experts.shares_A))
@@ -91,8 +91,8 @@ Mix = Callable[[Tensor, Tensor, Projection, Tensor], Tensor]
 def gate_rescaled(mix: Mix, x: Tensor, gates: Tensor, experts: Projection, out: Tensor) -> Tensor:
     """A mixture whose experts get the gradient of ``sqrt(g)`` in the place of the gate g.
 
-    ``out_i = sg(sqrt g_i) E_i(x) + (g_i - sg(sqrt g_i)) sg(E_i(x))`` with sg the stop-gradient: the value is that of the
-    ordinary mixture, here bit for bit; dA and dB carry sqrt(g_i), the gradient of the gates is the ordinary one. As
+    ``out_i = sg(sqrt g_i) E_i(x) + (g_i - sg(sqrt g_i)) sg(E_i(x))`` with sg the stop-gradient: the value is that of
+    the ordinary mixture, here bit for bit; dA and dB carry sqrt(g_i), the gradient of the gates is the ordinary one. As
     published, dx through the experts carries sqrt(g_i) too, so what earlier layers get is not the gradient of the
     forward.
 

@@ -15,18 +15,18 @@ from gradients import (
     Gradients,
     micro_batches,
     mixture,
+    preconditioned_by_hand,
     relative_error,
     take_gradients,
     tiny_llama,
     use_checkpointing,
 )
 from peft import get_peft_model
-from test_oracles import OneModule, assert_recorded, recorded
+from test_oracles import OneModule
 from torch import Tensor, nn
 
 from molora import MoloraConfig, aux_weight
 from molora.kernels.reference import Projection
-from molora.layers import MoloraLayer
 from molora.preconditioning import DELTA, preconditioned
 
 PLACEMENTS = ("linear", "block", "ffn", "ffn_linear")
@@ -41,28 +41,6 @@ def gradients(model: nn.Module, count: int = 1) -> Gradients:
     return take_gradients(model)
 
 
-def by_hand(model: nn.Module, plain: Gradients, delta: float = DELTA) -> Gradients:
-    """Plain gradients preconditioned one expert at a time, in fp64, in the authors' orientation of B."""
-    found = dict(plain)
-    parameters = dict(model.named_parameters())
-    for name in plain:
-        if ".molora_A" not in name:
-            continue
-        partner = name.replace(".molora_A", ".molora_B")
-        A, B = parameters[name].detach().double(), parameters[partner].detach().double().mT  # (E, O, R)
-        R, shared = A.shape[1], len(A) < len(B)
-        eye = delta * torch.eye(R, dtype=torch.float64)
-        metrics = [B[e].T @ B[e] for e in range(len(B))]
-        if shared:
-            metrics = [torch.stack(metrics).sum(0)]
-        dA, dB = plain[name].double(), plain[partner].double().mT
-        new_A = [torch.linalg.inv(metrics[i] + eye) @ dA[i] for i in range(len(A))]
-        new_B = [dB[e] @ torch.linalg.inv(A[0 if shared else e] @ A[0 if shared else e].T + eye) for e in range(len(B))]
-        found[name] = torch.stack(new_A).to(plain[name].dtype)
-        found[partner] = torch.stack(new_B).mT.to(plain[partner].dtype)
-    return found
-
-
 def assert_preconditioned(placement: str, checkpointing: str = "none", count: int = 1, **options: Any) -> None:
     want_model = mixture(placement, **options)
     model = mixture(placement, riemannian=True, **options)
@@ -70,7 +48,7 @@ def assert_preconditioned(placement: str, checkpointing: str = "none", count: in
     use_checkpointing(model, checkpointing)
     plain = gradients(want_model, count)
     got = gradients(model, count)
-    want = by_hand(model, plain)
+    want = preconditioned_by_hand(model, plain)
     assert relative_error(want, plain, "molora_A") > 0.5  # it does something
     assert relative_error(got, want) < SOLVED
     assert relative_error(got, plain, "router") < 1e-6
@@ -103,7 +81,7 @@ def test_dropout_and_the_kernel_that_is_asked_for() -> None:
             model.set_kernel(kernel)
             torch.manual_seed(7)
             found.append(gradients(model))
-        assert relative_error(found[1], by_hand(models[0], found[0])) < SOLVED
+        assert relative_error(found[1], preconditioned_by_hand(models[0], found[0])) < SOLVED
 
 
 def test_bf16_parameters_are_solved_in_fp32() -> None:
@@ -130,7 +108,7 @@ def test_autocast_does_not_reach_the_matrices() -> None:
             loss = m(**micro_batches(1)[0]).loss
         loss.backward()
         found.append(take_gradients(m))
-    assert relative_error(found[1], by_hand(model, found[0])) < SOLVED
+    assert relative_error(found[1], preconditioned_by_hand(model, found[0])) < SOLVED
 
 
 def test_a_fresh_mixture_takes_its_first_steps_without_breaking() -> None:
@@ -154,8 +132,8 @@ def test_a_fresh_mixture_takes_its_first_steps_without_breaking() -> None:
         if ".molora_A" in name and bool(plain[name].any()):
             B = dict(model.named_parameters())[name.replace("molora_A", "molora_B")]
             # |(B B^T + delta)^-1 B v| <= |v| / (2 sqrt(delta)), whatever B.
-            sizes[name] = float(second[name].norm() / plain[name].norm() * B.norm(dim=-1).max())
-    assert 1 < max(sizes.values()), sizes  # magnified, far beyond the size of B
+            sizes[name] = float(second[name].norm() / plain[name].norm() * B.detach().norm(dim=-1).max())
+    assert max(sizes.values()) > 1, sizes  # magnified, far beyond the size of B
     for _ in range(5):
         steps = gradients(model)
         assert all(g.isfinite().all() for g in steps.values())
@@ -197,7 +175,7 @@ def test_two_adapters_each_by_their_own_config(riemannian: bool | str) -> None:
     others = {n for n in plain if ".other." in n}
     assert others and others < plain.keys()
     if riemannian is True:
-        want = by_hand(model, {n: plain[n] for n in others})
+        want = preconditioned_by_hand(model, {n: plain[n] for n in others})
         assert relative_error({n: got[n] for n in others}, want) < SOLVED
         rest = {n: g for n, g in plain.items() if n not in others}
         assert relative_error({n: got[n] for n in rest}, rest) < 1e-5
@@ -288,129 +266,6 @@ def test_a_read_shared_by_siblings_is_rescaled_too(reads_first: bool, triton_on_
     found = gradients(model)
     assert batch and all(g.isfinite().all() for g in found.values())
     assert bool(set(calls) <= {16}) == reads_first  # E * R ranks, or the features
-
-
-# -- recorded runs -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kernel", ["reference", "dense_masked"])
-@pytest.mark.parametrize("rescale", [False, True])
-def test_recorded_gate_rescaling(rescale: bool, kernel: str) -> None:
-    want, hyper = recorded("riemannian_gate_rescale")
-    base = OneModule(nn.Linear(16, 24, bias=False).double())
-    config = MoloraConfig(
-        num_experts=hyper["E"], r=hyper["r"], lora_alpha=hyper["alpha"], target_modules=["target"],
-        router={"top_k": hyper["top_k"], "router_aux_loss_coef": 0.0},
-        riemannian="gate_rescaled" if rescale else False, task_type=None,
-    )  # fmt: skip
-    model = get_peft_model(base, config, autocast_adapter_dtype=False)
-    model.set_kernel(kernel)
-    layer: Any = next(m for m in model.modules() if isinstance(m, MoloraLayer))
-    layer.base_layer.weight.data = want["W"]
-    A, B = layer.molora_A["default"].weight, layer.molora_B["default"].weight
-    router = layer.molora_router["default"]
-    A.data, B.data, router.weight.data = want["A"].clone(), want["B"].mT.contiguous(), want["router"].clone()
-    model.train()
-    x = want["x"].clone().requires_grad_()
-    y = model(x)
-    (y * want["grad_y"]).sum().backward()
-    kind = "rescale" if rescale else "plain"
-    assert_recorded(y, want[f"y_{kind}"], 1e-10)
-    assert_recorded(x.grad, want[f"grad_x_{kind}"], 1e-10)
-    assert_recorded(router.weight.grad, want[f"grad_router_{kind}"], 1e-10)
-    if not rescale:
-        assert_recorded(A.grad, want["grad_A_plain"], 1e-10)
-        assert_recorded(B.grad.mT, want["grad_B_plain"], 1e-10)
-        return
-    # The recorded gradients are those before the optimiser preconditions them.
-    undone_A = (B @ B.mT + DELTA * torch.eye(3)) @ A.grad
-    undone_B = (A @ A.mT + DELTA * torch.eye(3)) @ B.grad
-    assert_recorded(undone_A, want["grad_A_rescale"], 1e-10)
-    assert_recorded(undone_B.mT, want["grad_B_rescale"], 1e-10)
-
-
-def transformed(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, delta: float) -> tuple[Tensor, Tensor]:
-    """What the layer's backward makes of recorded gradients; B and its gradient are (E, O, R) as recorded."""
-    leaves = A.clone().requires_grad_(), B.mT.clone().requires_grad_()
-    new = preconditioned(Projection(*leaves, 1.0), delta)
-    new_A, new_B = torch.autograd.grad([new.A, new.B], leaves, [grad_A, grad_B.mT.contiguous()])
-    return new_A, new_B.mT
-
-
-def walk(optimiser: Any, riemannian: bool, steps: int = 3) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """A, B after each step from the recorded gradients, and the A and B of the recorded run to compare with."""
-    want, hyper = recorded("riemannian_optimizers")
-    name = optimiser.__name__
-    A = nn.Parameter(want["A0"].flatten(0, 1).clone())
-    B = nn.Parameter(want["B0"].flatten(0, 1).clone())
-    step = optimiser([A, B], hyper)
-    found = []
-    for i in range(steps):
-        A.grad, B.grad = want["grad_A"][i].flatten(0, 1), want["grad_B"][i].flatten(0, 1)
-        if riemannian:
-            A.grad, B.grad = transformed(A.detach(), B.detach(), A.grad, B.grad, hyper["delta"])
-        step()
-        recorded_A, recorded_B = (want[f"{name}_{m}_step{i + 1}"].flatten(0, 1) for m in "AB")
-        found.append((A.detach().clone(), B.detach().clone(), recorded_A, recorded_B))
-    return found
-
-
-def sgd(parameters: list[nn.Parameter], hyper: dict[str, Any]) -> Any:
-    return torch.optim.SGD(parameters, lr=hyper["lr"]).step
-
-
-def sgdr(parameters: list[nn.Parameter], hyper: dict[str, Any]) -> Any:
-    return sgd(parameters, hyper)
-
-
-def adamw(parameters: list[nn.Parameter], hyper: dict[str, Any], corrects_bias: bool = False) -> Any:
-    """Of transformers as it was: bias correction is an option, and eps is added before it, unlike torch's."""
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
-    (b1, b2), lr, eps = hyper["betas"], hyper["lr"], hyper["eps"]
-    steps = 0
-
-    @torch.no_grad()
-    def step() -> None:
-        nonlocal steps
-        steps += 1
-        size = lr * (1 - b2**steps) ** 0.5 / (1 - b1**steps) if corrects_bias else lr
-        for p, (m, v) in zip(parameters, moments, strict=True):
-            m.lerp_(p.grad, 1 - b1)
-            v.lerp_(p.grad**2, 1 - b2)
-            p -= size * m / (v.sqrt() + eps)
-
-    return step
-
-
-def adamwr_bc(parameters: list[nn.Parameter], hyper: dict[str, Any]) -> Any:
-    return adamw(parameters, hyper, corrects_bias=True)
-
-
-def adamwr(parameters: list[nn.Parameter], hyper: dict[str, Any]) -> Any:
-    return adamw(parameters, hyper)
-
-
-@pytest.mark.parametrize(("optimiser", "riemannian"), [(sgd, False), (sgdr, True), (adamw, False)])
-def test_recorded_trajectories(optimiser: Any, riemannian: bool) -> None:
-    for A, B, want_A, want_B in walk(optimiser, riemannian):
-        assert_recorded(A, want_A, 1e-6)
-        assert_recorded(B, want_B, 1e-6)
-
-
-@pytest.mark.parametrize("optimiser", [adamwr, adamwr_bc])
-def test_recorded_adamw_up_to_the_named_deviation(optimiser: Any) -> None:
-    """The authors' class preconditions B by A after A's step: A's first step is the same, B's is not."""
-    A, B, want_A, want_B = walk(optimiser, True, steps=1)[0]
-    assert_recorded(A, want_A, 1e-6)
-    assert float((B - want_B).abs().max()) > 1e-6
-    # With the A of the next step in the place of this one, B is theirs too.
-    want, hyper = recorded("riemannian_optimizers")
-    B0 = nn.Parameter(want["B0"].flatten(0, 1).clone())
-    _, B0.grad = transformed(
-        want_A, B0.detach(), want["grad_A"][0].flatten(0, 1), want["grad_B"][0].flatten(0, 1), hyper["delta"]
-    )
-    optimiser([B0], hyper)()
-    assert_recorded(B0, want_B, 1e-6)
 
 
 # -- configs -----------------------------------------------------------------------------------------------------------

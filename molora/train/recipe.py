@@ -138,8 +138,8 @@ class Recipe:
         riemannian = self.optimizer.riemannian
         if riemannian and self.mixture is None:
             raise ValueError(
-                f"optimizer.riemannian={riemannian!r} is for a mixture, and peft.LoraConfig has nothing like it; remove "
-                "it, or train the section mixture"
+                f"optimizer.riemannian={riemannian!r} is for a mixture, and peft.LoraConfig has nothing like it; "
+                "remove it, or train the section mixture"
             )
         own = (self.mixture or {}).get("riemannian", riemannian)
         if riemannian and own != riemannian:
