@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 WORKER = Path(__file__).with_name("zero_worker.py")
 EXACT = 1e-5
-# Rounding of the gradients of A, magnified by (B B^T)^-1.
-PRECONDITIONED = 2e-4
+# Of gradients of A whose rounding is magnified by (B B^T)^-1, measured 1.3e-5.
+PRECONDITIONED = 1e-4
 
 _TURNS = itertools.cycle(
     [
@@ -87,7 +87,7 @@ CELLS = (
     ]
     + [
         _cell(2, "trainer", "non-reentrant", 2, placement="block") | {"optimizer": "riemannian-loraplus"},
-        _cell(3, "trainer", "reentrant", 2, placement="ffn") | {"optimizer": "riemannian-loraplus"},
+        _cell(3, "trainer", "reentrant", 2, placement="linear") | {"optimizer": "riemannian-loraplus"},
     ]
 )
 
