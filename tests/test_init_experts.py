@@ -139,6 +139,12 @@ def test_a_recipe_initialises_from_its_own_rows(section: str, tmp_path: Path, mo
     assert len(seen) == 1 and seen[0].keys() == {"input_ids", "attention_mask", "labels"}
 
 
+def test_a_recipe_trains_from_eva(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, save_tiny(tmp_path / "base"), max_steps=2)
+    overrides = ["mixture.init_lora_weights=eva", "mixture.num_experts=2", "mixture.r=2", "optimizer.riemannian=true"]
+    assert command("train", recipe, *overrides) == 0
+
+
 def test_rank_stabilised_scaling_is_the_square_root() -> None:
     layers = [
         next(m for m in get_peft_model(base_model(), config(use_rslora=on)).modules() if isinstance(m, MoloraLayer))

@@ -31,12 +31,7 @@ def rates(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 @pytest.mark.parametrize("placement", ["linear", "block", "ffn", "ffn_linear"])
 @pytest.mark.parametrize("router", [{"top_k": 2}, {"name": "softmax", "bias": True}, {"name": "threshold"}])
 def test_only_the_experts_B_learns_faster(placement: str, router: dict[str, Any]) -> None:
-    if placement == "ffn" and router.get("name") == "threshold":
-        pytest.skip("thresholds mix linears")
-    try:
-        model = get_peft_model(base_model(), config(placement, router=router))
-    except ValueError as error:
-        pytest.skip(str(error))
+    model = get_peft_model(base_model(), config(placement, router=router))
     made = loraplus_optimizer(model, torch.optim.AdamW, {"lr": 1e-3, "eps": 1e-7}, 16.0, 0.1)
     found = rates(model, made)
     assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -148,7 +143,7 @@ def test_a_dry_run_shows_the_section(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "loraplus_lr_ratio: 4.0" in shown and "riemannian: false" in shown
 
 
-def test_deepspeeds_own_optimizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_deepspeeds_own_optimizer_is_refused() -> None:
     from types import SimpleNamespace
 
     recipe = build_recipe(optimizer={"loraplus_lr_ratio": 4})
