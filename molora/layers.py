@@ -17,6 +17,7 @@ from molora.context import Runtime
 from molora.experts import make_experts, scaling_factor
 from molora.kernel_routing import kernel_routing
 from molora.kernels.reference import Projection
+from molora.preconditioning import preconditioned
 from molora.record import Site
 from molora.routers import RouterConfig, Routing, Tokens
 from molora.shared import SharedRouting
@@ -45,6 +46,7 @@ class MixtureSpec:
     init_lora_weights: bool | str
     router: RouterConfig | None
     freeze_experts: bool = False
+    riemannian: bool | str = False
 
     @property
     def scaling(self) -> float:
@@ -246,7 +248,16 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
             return None
         A: Tensor = getattr(self, f"molora_A{part}")[adapter]()
         B: Tensor = getattr(self, f"molora_B{part}")[adapter]()
-        return Projection(A, B, spec.scaling)
+        experts = Projection(A, B, spec.scaling)
+        return preconditioned(experts) if spec.riemannian and self._learns else experts
+
+    @property
+    def _learns(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def rescales_gates(self, adapter: str, part: str) -> bool:
+        """Whether the experts of this pass learn by the square roots of their gates."""
+        return self.molora_specs[adapter][part].riemannian == "gate_rescaled" and self._learns
 
     def router_beside(self, adapter: str) -> Any:
         """This layer's own router, if its logits are a product of the layer's input that others may compute."""
