@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from molora.linear import MixedLinear
 from molora.loading import base_fingerprint, check_state_dict, verify_loaded
 from molora.plan import FFNPlan, LinearPlan, plan_conversion
 from molora.prompts import prompts, retrieval_site
+from molora.prototypes import set_prototypes
 from molora.routers import Centroid
 from molora.running_text import centroid_of, check_decoding, reading
 from molora.shared import SharedRead, SharedRouting
@@ -174,6 +176,22 @@ class MoloraModel(BaseTuner):
         """Chooses the kernel of this model's mixtures: "reference", "dense_masked", or None for the default."""
         selection.check(name)
         self._runtime.kernel = name
+
+    def add_expert(self, name: str, path: str | os.PathLike[str], **options: Any) -> None:
+        """`molora.add_expert` of this model."""
+        from molora.expert_pool import add_expert
+
+        add_expert(self, name, path, **options)
+
+    def delete_expert(self, name: str, **options: Any) -> None:
+        """`molora.delete_expert` of this model."""
+        from molora.expert_pool import delete_expert
+
+        delete_expert(self, name, **options)
+
+    def set_prototypes(self, **options: Any) -> None:
+        """`molora.set_prototypes` of this model."""
+        set_prototypes(self, **options)
 
     def prompts(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
         """`molora.prompts.prompts` of this model."""

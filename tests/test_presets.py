@@ -30,7 +30,6 @@ from molora.presets import PRESETS
 from molora.routers import Tokens
 
 TAU = 1e-5  # a token nearer to another selection than this is exempt, with what follows it in its row (test_generation)
-
 # Their gates do not sum to one, and an FFN mixture scales the frozen FFN by that sum, as published.
 SCALES_THE_FFN = {"mixlora-dynamic", "mixlora-switch"}
 # What a checkpoint of the routers holds, where it is more than their weight, or other.
