@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,14 @@ class StackedWeight(nn.Module):
         return self.weight
 
 
+def lazy_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Zeros on the default device; those of a CPU take no memory before something is written to them."""
+    if torch.get_default_device().type != "cpu":
+        return torch.zeros(*shape, dtype=dtype)
+    count = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(numpy.zeros(count, numpy.uint8)).view(dtype).view(shape)
+
+
 def make_experts(
     num_experts: int, r: int, in_features: int, out_features: int, share_A: bool, init: bool | str
 ) -> tuple[StackedWeight, StackedWeight]:
@@ -41,8 +50,7 @@ def make_experts(
     A = StackedWeight(1 if share_A else num_experts, r, in_features)
     B = StackedWeight(num_experts, r, out_features)
     if init == "imported":
-        # Zeros that nobody has written to take no memory.
-        A.weight, B.weight = (nn.Parameter(torch.zeros_like(m.weight)) for m in (A, B))
+        A.weight, B.weight = (nn.Parameter(lazy_zeros(*m.weight.shape, dtype=m.weight.dtype)) for m in (A, B))
         return A, B
     if init == "orthogonal":
         from molora.init_experts import orthogonal

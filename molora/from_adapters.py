@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from molora.config import MoloraConfig
 from molora.context import Runtime, runtime_of
+from molora.experts import lazy_zeros
 from molora.layers import MoloraLayer, linear_features
 from molora.linear import MixedLinear
 from molora.lora_files import LoraPair, read_lora
@@ -70,14 +71,22 @@ def from_adapters(
     """
     router = router_config(router)
     check_options(adapters, options)
-    pools = _read(base, adapters, allow_partial)
-    if general:
-        pools = _subtract(pools, [pairs_of(base, path, allow_partial) for path in general], adapters)
-    config = _config(base, pools, router, options)
-    dtype = dtype or _dtype(pools.values())
+    subtracted = [pairs_of(base, path, allow_partial) for path in general]
+    # Read twice, so that one adapter is in memory at a time: now for what they are, later for their values.
+    shapes = {}
+    for name, path in adapters.items():
+        pairs = _expert_pairs(base, name, path, allow_partial, subtracted)
+        shapes[name] = {linear: LoraPair(p.A.to("meta"), p.B.to("meta"), p.scaling) for linear, p in pairs.items()}
+    config = _config(base, shapes, router, options)
     model = get_peft_model(base, config, adapter_name=adapter_name)
-    for name, layer in linears_of(runtime_of(model), adapter_name).items():
-        _fill(layer, adapter_name, [pool.get(name) for pool in pools.values()], dtype)
+    layers = linears_of(runtime_of(model), adapter_name)
+    for layer in layers.values():
+        _empty(layer, adapter_name, dtype or _dtype(shapes.values()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said once
+        for e, (name, path) in enumerate(adapters.items()):
+            for linear, pair in _expert_pairs(base, name, path, allow_partial, subtracted).items():
+                _put(layers[linear], adapter_name, e, pair)
     if isinstance(router, Arrow):
         set_prototypes(model, adapter_name, power_iterations)
     return model
@@ -118,31 +127,27 @@ def pairs_of(base: nn.Module, path: str | os.PathLike[str], allow_partial: bool)
     return pairs
 
 
-def _read(base: nn.Module, adapters: Mapping[str, str | os.PathLike[str]], allow_partial: bool) -> dict[str, Pairs]:
-    pools = {}
-    for name, path in adapters.items():
-        try:
-            pools[name] = pairs_of(base, path, allow_partial)
-        except ValueError as error:
-            raise ValueError(f"expert {name!r}: {error}") from error
-    return pools
-
-
-def _subtract(pools: dict[str, Pairs], general: list[Pairs], adapters: Mapping[str, Any]) -> dict[str, Pairs]:
-    """Each expert without the mean A and the mean B of general adapters."""
-    result: dict[str, Pairs] = {}
-    for name, pool in pools.items():
-        result[name] = {}
-        for module, pair in pool.items():
-            others = [g[module] for g in general if module in g and g[module].A.shape == pair.A.shape]
-            if len(others) != len(general):
-                raise ValueError(
-                    f"expert {name!r} ({adapters[name]}): general adapters must have its rank, {len(pair.A)}, on "
-                    f"{module}; leave them out, or give general adapters of the same rank and targets"
-                )
-            A = torch.stack([other.A.float() for other in others]).mean(0)
-            B = torch.stack([other.B.float() for other in others]).mean(0)
-            result[name][module] = LoraPair(pair.A.float() - A, pair.B.float() - B, pair.scaling)
+def _expert_pairs(
+    base: nn.Module, name: str, path: str | os.PathLike[str], allow_partial: bool, subtracted: Sequence[Pairs]
+) -> Pairs:
+    """The weights of one expert: those of its adapter, without the mean A and the mean B of general adapters."""
+    try:
+        pairs = pairs_of(base, path, allow_partial)
+    except ValueError as error:
+        raise ValueError(f"expert {name!r}: {error}") from error
+    if not subtracted:
+        return pairs
+    result: Pairs = {}
+    for linear, pair in pairs.items():
+        others = [g[linear] for g in subtracted if linear in g and g[linear].A.shape == pair.A.shape]
+        if len(others) != len(subtracted):
+            raise ValueError(
+                f"expert {name!r} ({path}): general adapters must have its rank, {len(pair.A)}, on {linear}; leave "
+                "them out, or give general adapters of the same rank and targets"
+            )
+        A = torch.stack([other.A.float() for other in others]).mean(0)
+        B = torch.stack([other.B.float() for other in others]).mean(0)
+        result[linear] = LoraPair(pair.A.float() - A, pair.B.float() - B, pair.scaling)
     return result
 
 
@@ -200,17 +205,18 @@ def linears_of(runtime: Runtime, adapter: str) -> dict[str, MixedLinear]:
     return {n: m for n, m in base.named_modules() if isinstance(m, MixedLinear) and adapter in m.molora_specs}
 
 
+def _empty(layer: MixedLinear, adapter: str, dtype: torch.dtype) -> None:
+    """Zeros in the place of all experts of a linear, on its device."""
+    A, B = (getattr(layer, container)[adapter].weight for container in ("molora_A", "molora_B"))
+    replace_experts(layer, adapter, *(lazy_zeros(*w.shape, dtype=dtype).to(w.device) for w in (A, B)))
+
+
 @torch.no_grad()
-def _fill(layer: MixedLinear, adapter: str, pairs: Sequence[LoraPair | None], dtype: torch.dtype) -> None:
-    """Puts pairs, or nothing, in the place of all experts of a linear."""
-    r = layer.molora_specs[adapter][""].r
-    A = torch.zeros(len(pairs), r, layer.in_features, dtype=dtype)
-    B = torch.zeros(len(pairs), r, layer.out_features, dtype=dtype)
-    for e, pair in enumerate(pairs):
-        if pair is not None:
-            A[e, : len(pair.A)] = pair.A
-            B[e, : len(pair.A)] = (pair.B.T.float() * pair.scaling).to(dtype)
-    replace_experts(layer, adapter, A, B)
+def _put(layer: MixedLinear, adapter: str, e: int, pair: LoraPair) -> None:
+    """The weights of expert `e` of a linear."""
+    A, B = (getattr(layer, container)[adapter].weight for container in ("molora_A", "molora_B"))
+    A[e, : len(pair.A)] = pair.A.to(A.device)
+    B[e, : len(pair.A)] = (pair.B.T.to(B.device).float() * pair.scaling).to(B.dtype)
 
 
 def replace_experts(layer: MoloraLayer, adapter: str, A: Tensor, B: Tensor) -> None:
