@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from molora.aux_loss import observe_output
 from molora.centroids import ReadQuery, set_centroids
 from molora.config import MoloraConfig
 from molora.context import Runtime, aux_weight
+from molora.expert_pool import add_expert, delete_expert
 from molora.ffn import MixedFFN
 from molora.kernels import selection
 from molora.layers import NOT_MERGEABLE, MoloraLayer
@@ -22,6 +24,7 @@ from molora.linear import MixedLinear
 from molora.loading import base_fingerprint, check_state_dict, verify_loaded
 from molora.plan import FFNPlan, LinearPlan, plan_conversion
 from molora.prompts import prompts, retrieval_site
+from molora.prototypes import set_prototypes
 from molora.routers import Centroid
 from molora.running_text import centroid_of, check_decoding, reading
 from molora.shared import SharedRead, SharedRouting
@@ -188,6 +191,18 @@ class MoloraModel(BaseTuner):
     ) -> None:
         """`molora.set_centroids` of this model."""
         set_centroids(self, examples, tokenizer, adapter_name, max_length)
+
+    def set_prototypes(self, *args: Any, **kwargs: Any) -> None:
+        """`molora.set_prototypes` of this model."""
+        set_prototypes(self, *args, **kwargs)
+
+    def add_expert(self, name: str, path: str | os.PathLike[str], **options: Any) -> None:
+        """`molora.add_expert` of this model."""
+        add_expert(self, name, path, **options)
+
+    def delete_expert(self, name: str, **options: Any) -> None:
+        """`molora.delete_expert` of this model."""
+        delete_expert(self, name, **options)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`; a retrieval router reads the prompt first, a centroid router with a
