@@ -12,7 +12,7 @@ from torch import Tensor
 
 from molora.centroids import example_vectors
 from molora.context import Runtime, runtime_of
-from molora.from_adapters import check_name, linears_of, pairs_of, replace_experts
+from molora.from_adapters import check_name, check_range, linears_of, pairs_of, replace_experts
 from molora.linear import MixedLinear
 from molora.lora_files import LoraPair
 from molora.prototypes import prototypes
@@ -66,6 +66,8 @@ def add_expert(
             f"expert {name!r} ({path}) adapts {len(strange)} linears that no expert of this model does, first "
             f"{strange[0]}; make the model anew with from_adapters"
         )
+    dtype = next(iter(linears.values())).molora_A[adapter].weight.dtype
+    check_range(name, pairs, dtype)
     new = None
     if config.router.has_centroids:
         new = example_vectors(base, runtime, adapter, config.router, {name: examples or ()}, tokenizer)
@@ -92,6 +94,7 @@ def delete_expert(model: Any, name: str, *, adapter_name: str | None = None) -> 
     if len(names) == 1:
         raise ValueError(f"{name!r} is the last expert; delete the adapter {adapter!r} instead")
     kept = [i for i, other in enumerate(names) if other != name]
+    config.router.check(len(kept), config.r, config.placement)
     for layer in linears_of(runtime, adapter).values():
         A, B = (getattr(layer, c)[adapter].weight.detach() for c in ("molora_A", "molora_B"))
         replace_experts(layer, adapter, A[kept], B[kept])

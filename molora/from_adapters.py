@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from molora.checks import check_int
 from molora.config import MoloraConfig
 from molora.context import Runtime, runtime_of
 from molora.layers import MoloraLayer, linear_features
@@ -19,7 +20,7 @@ from molora.linear import MixedLinear
 from molora.lora_files import LoraPair, read_lora
 from molora.lora_match import match_lora
 from molora.prototypes import set_prototypes
-from molora.routers import Arrow, RouterConfig, router_config
+from molora.routers import Arrow, Phatgoose, RouterConfig, router_config
 from molora.suggest import unknown_key_message
 
 Pairs = dict[str, LoraPair]
@@ -70,16 +71,28 @@ def from_adapters(
     """
     router = router_config(router)
     check_options(adapters, options)
+    if power_iterations is not None:
+        check_int("power_iterations", power_iterations)
+        if not isinstance(router, Arrow):
+            raise ValueError(
+                f"power_iterations={power_iterations} is for router 'arrow', not {router.name!r}; leave it out"
+            )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r} must be a floating point dtype of torch, as torch.float32, or None")
     pools = _read(base, adapters, allow_partial)
     if general:
         pools = _subtract(pools, [pairs_of(base, path, allow_partial) for path in general], adapters)
     config = _config(base, pools, router, options)
     dtype = dtype or _dtype(pools.values())
+    for name, pool in pools.items():
+        check_range(name, pool, dtype)
     model = get_peft_model(base, config, adapter_name=adapter_name)
     for name, layer in linears_of(runtime_of(model), adapter_name).items():
         _fill(layer, adapter_name, [pool.get(name) for pool in pools.values()], dtype)
     if isinstance(router, Arrow):
         set_prototypes(model, adapter_name, power_iterations)
+    if isinstance(router, Phatgoose):
+        _mark_present(runtime_of(model), adapter_name, list(pools.values()))
     return model
 
 
@@ -150,12 +163,13 @@ def _dtype(pools: Iterable[Pairs]) -> torch.dtype:
     """The dtype that holds A and scaling * B of all experts as they are, or fp32."""
     pairs = [pair for pool in pools for pair in pool.values()]
     dtypes = {pair.A.dtype for pair in pairs} | {pair.B.dtype for pair in pairs}
-    exact = all(_is_power_of_2(scaling) for scaling in {pair.scaling for pair in pairs})
-    return dtypes.pop() if len(dtypes) == 1 and exact else torch.float32
+    return dtypes.pop() if len(dtypes) == 1 and all(map(_folds_exactly, pairs)) else torch.float32
 
 
-def _is_power_of_2(number: float) -> bool:
-    return number > 0 and float(torch.frexp(torch.tensor(number, dtype=torch.float64)).mantissa) == 0.5
+def _folds_exactly(pair: LoraPair) -> bool:
+    """Whether the dtype of B holds scaling * B: a power of two in a 16-bit format may still overflow or underflow."""
+    B = pair.B.float() * pair.scaling
+    return torch.equal(B.to(pair.B.dtype).float(), B)
 
 
 def _config(base: nn.Module, pools: dict[str, Pairs], router: RouterConfig, options: Mapping[str, Any]) -> MoloraConfig:
@@ -198,6 +212,29 @@ def linears_of(runtime: Runtime, adapter: str) -> dict[str, MixedLinear]:
     base = runtime.model()
     assert base is not None
     return {n: m for n, m in base.named_modules() if isinstance(m, MixedLinear) and adapter in m.molora_specs}
+
+
+def check_range(name: str, pool: Pairs, dtype: torch.dtype) -> None:
+    """Raises ValueError where an expert has values that a dtype turns into infinity."""
+    for linear, pair in pool.items():
+        values = (pair.A.float(), pair.B.float() * pair.scaling)
+        if not all(bool(value.to(dtype).isfinite().all()) for value in values):
+            raise ValueError(
+                f"expert {name!r}: {linear} has values beyond the range of {dtype}; make the model with "
+                "from_adapters(..., dtype=torch.float32)"
+            )
+
+
+def _mark_present(runtime: Runtime, adapter: str, pools: Sequence[Pairs]) -> None:
+    """Tells each router which experts have weights on a linear that it routes."""
+    routed: dict[MoloraLayer | None, list[str]] = {}
+    for name, layer in linears_of(runtime, adapter).items():
+        shared = layer.molora_shared.get(adapter)
+        routed.setdefault(layer if shared is None else shared.owner, []).append(name)
+    for site in runtime.sites:
+        if site.adapter == adapter and site.owner is not None:
+            present: Any = site.router.present
+            present.copy_(torch.tensor([any(name in pool for name in routed[site.owner]) for pool in pools]))
 
 
 @torch.no_grad()
