@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.centroids import example_vectors
+from molora.centroids import check_texts, example_vectors
 from molora.context import Runtime, runtime_of
 from molora.from_adapters import check_name, check_range, linears_of, pairs_of, replace_experts
 from molora.linear import MixedLinear
@@ -54,6 +54,11 @@ def add_expert(
             f"router {config.router.name!r} knows experts by example prompts; call add_expert(name, path, "
             "examples=[...], tokenizer=tokenizer)"
         )
+    if examples is not None:
+        check_texts(name, examples)
+    for site in runtime.sites:
+        if site.adapter == adapter and site.owner is not None:
+            site.router.check_set()  # type: ignore[operator]
     base = runtime.model()
     assert base is not None
     try:
