@@ -227,7 +227,7 @@ def export(
             raise ValueError(f"{model} is no mixture, so it has no experts; give the directory of a mixture")
         with writing(f"the export in {out}", "make room and run this again with --overwrite"):
             if to == "loras":
-                written = molora.to_adapters(loaded, out)
+                written = molora.to_adapters(loaded, out, overwrite=overwrite)
                 terminal.out.print(f"{len(written)} adapters in {out}: {', '.join(written)}", highlight=False)
             elif to == "merged":
                 merge_into_base(loaded).save_pretrained(str(out))  # type: ignore[operator]
