@@ -71,8 +71,8 @@ def add_expert(
             f"expert {name!r} ({path}) adapts {len(strange)} linears that no expert of this model does, first "
             f"{strange[0]}; make the model anew with from_adapters"
         )
-    dtype = next(iter(linears.values())).molora_A[adapter].weight.dtype
-    check_range(name, pairs, dtype)
+    first: Any = next(iter(linears.values()))
+    check_range(name, pairs, first.molora_A[adapter].weight.dtype)
     new = None
     if config.router.has_centroids:
         new = example_vectors(base, runtime, adapter, config.router, {name: examples or ()}, tokenizer)
