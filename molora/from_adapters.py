@@ -69,7 +69,7 @@ def from_adapters(
         ValueError: an adapter that is none, is damaged or belongs to another base, or an option that the adapters
             decide. The base is then as it was.
     """
-    router = router_config(router)
+    router = router_config({"name": "arrow", **router} if isinstance(router, Mapping) else router)
     check_options(adapters, options)
     if power_iterations is not None:
         check_int("power_iterations", power_iterations)

@@ -224,7 +224,9 @@ def _imported(keys: dict[str, Any]) -> tuple[dict[str, str], Any, dict[str, Any]
         named = preset_options(preset, {} if router is None else {"router": router})
         router, keys = named["router"], {k: v for k, v in named.items() if k == "placement"} | keys
         check_options(adapters, keys)
-    return adapters, "arrow" if router is None else router, keys
+    elif router is None or isinstance(router, dict):
+        router = {"name": "arrow", **(router or {})}
+    return adapters, router, keys
 
 
 def mixture_of_adapters(
