@@ -127,6 +127,9 @@ def convert(
     chosen: dict[str, Any] = {} if router is None else {"router": {"name": router}}
     keys = apply_overrides(({} if preset is None else {"preset": preset}) | chosen, overrides or [])
     paths = _named(adapters, "--adapters")
+    for name, path in paths.items():
+        if not Path(path).exists() and _is_setting(name):
+            raise ValueError(f"--adapters: {name}={path} is a setting, no adapter; put settings before --adapters")
     prompts = {name: _lines(Path(path)) for name, path in _named(examples, "--examples").items()}
     config = None if paths else mixture_config(keys)
     terminal.quiet()
@@ -157,6 +160,14 @@ def convert(
             f"the gates of router {config.router.name} are not trained yet; train them by a recipe with "
             "mixture.adapters (docs/adapters.md)"
         )
+
+
+def _is_setting(key: str) -> bool:
+    from dataclasses import fields
+
+    from molora import MoloraConfig
+
+    return key.partition(".")[0] in {field.name for field in fields(MoloraConfig)}
 
 
 def _lines(path: Path) -> list[str]:
