@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from lora_pools import logits_of, peft_lora, same_tensors, save_lora, save_pool, tensors_of, write_adapter
 from peft import ArrowConfig, AutoPeftModelForCausalLM, PeftModel, create_arrow_model
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, base_model, batch, train
+from tiny_models import base_model, batch, train
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 

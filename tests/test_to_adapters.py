@@ -281,7 +281,9 @@ def test_one_expert_merges_into_the_base(router: str, family: str, tmp_path: Pat
     assert torch.equal(logits_of(again), logits_of(merged))
 
 
-@pytest.mark.parametrize("router", [*MERGED.values(), "phatgoose", {"name": "top_k", "top_k": 1, "norm_topk_prob": False}])
+@pytest.mark.parametrize(
+    "router", [*MERGED.values(), "phatgoose", {"name": "top_k", "top_k": 1, "norm_topk_prob": False}]
+)
 def test_gates_that_vary_merge_into_nothing(router: Any, pool: dict[str, Path]) -> None:
     name = router if isinstance(router, str) else router["name"]
     model = from_adapters(base_model(), pool, router).eval()
