@@ -54,6 +54,8 @@ NO_CLAIM = {
     "mole": "dense, and its balance loss asks for equal mean gates",
     "loramoe": "dense; its labels tell two task types apart, so a half of the experts stands for two of the four tasks",
 }
+# Systems whose experts come trained are measured by imported_experts.py.
+SUBJECTS = PRESETS.keys() - {"arrow", "phatgoose", "loraretriever", "xlora-single-pass"}
 
 
 def base_model(seed: int) -> LlamaForCausalLM:

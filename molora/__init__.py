@@ -6,6 +6,7 @@ from molora.context import aux_weight, end_step
 from molora.equal_lora import equal_lora
 from molora.expert_pool import add_expert, delete_expert
 from molora.from_adapters import from_adapters
+from molora.init_experts import initialize_eva_weights
 from molora.integrations.peft import register as _register
 from molora.prototypes import set_prototypes
 from molora.telemetry import record_routing, router_losses, routing_report, routing_statistics
@@ -22,6 +23,7 @@ __all__ = [
     "equal_lora",
     "from_adapters",
     "merge_into_base",
+    "initialize_eva_weights",
     "record_routing",
     "router_losses",
     "routing_report",

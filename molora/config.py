@@ -13,6 +13,7 @@ from peft import PeftConfig, TaskType
 from peft.utils import CONFIG_NAME
 
 from molora.checks import check_bool, check_choice, check_fraction, check_int, check_names, check_number
+from molora.init_experts import check_init
 from molora.presets import preset_options
 from molora.routers import RouterConfig, router_config
 from molora.suggest import unknown_key_message
@@ -60,8 +61,10 @@ class MoloraConfig(PeftConfig):
         lora_dropout: probability of dropping an input feature of the experts, 0 <= p < 1; the router sees all of them.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         init_lora_weights: True: A uniform, B zero, so that a fresh mixture is the base; "gaussian": A normal with
-            standard deviation 1/r, B zero; False: both uniform, for tests; "imported": none, because adapters give
-            them (`from_adapters`).
+            standard deviation 1/r, B zero; "orthogonal": PEFT's, neither zero, but each expert's product (r even, no
+            share_A, not with router "rank_wise"); "eva": as True until `molora.initialize_eva_weights` has seen data;
+            "imported": none, because adapters give them (`from_adapters`); False: both uniform, for tests. What would
+            change the base ("pissa", "olora", "lora_ga", ...) is refused.
         share_A: one A for all experts of a mixture (HydraLoRA).
         placement: "linear": a router for each adapted linear; "block": linears that read the same input (q/k/v;
             gate/up) share one router; "ffn": an expert is a whole FFN with its own LoRA on each projection;
@@ -80,6 +83,10 @@ class MoloraConfig(PeftConfig):
         ensure_weight_tying: as in LoraConfig, for modules_to_save and trainable_token_indices.
         expert_names: names of the experts, num_experts of them; for reports.
         freeze_experts: only the routers train, for experts that are trained already.
+        riemannian: True: the experts' gradients come back preconditioned, ``(B B^T + delta I)^-1 dA`` and
+            ``(A A^T + delta I)^-1 dB`` with delta = 1e-6, whatever the optimiser (arXiv 2502.15828,
+            `molora.preconditioning`); "gate_rescaled": with the square root of each gate in the experts' gradients too
+            (not with placement "ffn" nor router "rank_wise"). Nothing but training depends on it.
         base_fingerprint: written on save, checked on load: which base the adapter belongs to. Set it to None in a
             loaded config to put the adapter on another base on purpose.
         format_version: of the checkpoint's layout.
@@ -108,6 +115,7 @@ class MoloraConfig(PeftConfig):
     ensure_weight_tying: bool = False
     expert_names: list[str] | None = None
     freeze_experts: bool = False
+    riemannian: bool | str = False
     base_fingerprint: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
@@ -142,7 +150,7 @@ class MoloraConfig(PeftConfig):
         for key in ("use_rslora", "share_A", "ensure_weight_tying", "freeze_experts"):
             check_bool(key, getattr(self, key))
         check_choice("placement", self.placement, get_args(Placement))
-        check_choice("init_lora_weights", self.init_lora_weights, (True, False, "gaussian", "imported"))
+        check_choice("riemannian", self.riemannian, (True, False, "gate_rescaled"))
         check_choice("bias", self.bias, ("none", "all", "molora_only"))
         if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, dict):
             raise ValueError(f"base_fingerprint={self.base_fingerprint!r} must be what molora saved, or null")
@@ -158,6 +166,9 @@ class MoloraConfig(PeftConfig):
                     "its own to each expert"
                 )
         self.router = router_config(self.router)
+        check_init(self.init_lora_weights, [self.r, *self.rank_pattern.values()], self.share_A, self.router.name)
+        if self.riemannian == "gate_rescaled":
+            self._check_rescaled(self.router)
         counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
         for count in set(counts):
             self.router.check(count, self.r, self.placement)
@@ -165,6 +176,18 @@ class MoloraConfig(PeftConfig):
             self._check_counts(self.router)
         if self.plain_lora is not None:
             self.plain_lora = _plain_lora(self.plain_lora, self)
+
+    def _check_rescaled(self, router: RouterConfig) -> None:
+        if self.placement == "ffn":
+            raise ValueError(
+                "riemannian='gate_rescaled' is for mixtures of linears, but placement 'ffn' mixes the hidden states of "
+                "whole FFNs; use riemannian=True, or placement 'ffn_linear'"
+            )
+        if router.name == "rank_wise":
+            raise ValueError(
+                "riemannian='gate_rescaled' takes the square roots of gates, and those of router 'rank_wise' can be "
+                "negative; use riemannian=True"
+            )
 
     def _check_counts(self, router: RouterConfig) -> None:
         pooled = getattr(router, "balance_pool", "layer") == "model" or getattr(router, "log_balance_coef", 0)

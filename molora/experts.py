@@ -34,14 +34,23 @@ def make_experts(
 
     Args:
         init: True: A uniform in ±1/sqrt(D) (PEFT's kaiming with a = sqrt(5)), B zero; "gaussian": A normal with
-            standard deviation 1/r, B zero; False: A as with True, B uniform in ±1/sqrt(R); "imported": both zero, at no
-            cost, to be replaced by weights that exist.
+            standard deviation 1/r, B zero; "orthogonal": see `molora.init_experts`; False: A as with True, B uniform in
+            ±1/sqrt(R); "imported": both zero, at no cost, to be replaced by weights that exist; anything else: as True,
+            until what it names is called.
     """
     A = StackedWeight(1 if share_A else num_experts, r, in_features)
     B = StackedWeight(num_experts, r, out_features)
     if init == "imported":
         # Zeros that nobody has written to take no memory.
         A.weight, B.weight = (nn.Parameter(torch.zeros_like(m.weight)) for m in (A, B))
+        return A, B
+    if init == "orthogonal":
+        from molora.init_experts import orthogonal
+
+        values = orthogonal(num_experts, r, in_features, out_features)
+        with torch.no_grad():
+            for weight, value in zip((A.weight, B.weight), values, strict=True):
+                weight.copy_(value)
         return A, B
     if init == "gaussian":
         nn.init.normal_(A.weight, std=1 / r)

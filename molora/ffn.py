@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from molora.kernels.fused_ffn import Plan, fused_ffn
 from molora.kernels.reference import Projection, combine
 from molora.kernels.shrink import Input, shrink
 from molora.layers import MixtureSpec, MoloraLayer, RouterPlace, is_fresh, is_plain_linear, linear_features
+from molora.preconditioning import Mix, gate_rescaled
 from molora.routers import Routing
 from molora.shared import SharedRouting
 
@@ -154,7 +156,7 @@ class MixedFFN(MoloraLayer):
         """The output of the FFN: the frozen down-projection, its experts, and what is left of the frozen FFN."""
         structure, base = self.structure, self.base_layer
         down = getattr(base, structure.names["down"])
-        hidden = hidden.view(*x.shape[:-1], -1)
+        hidden = hidden.view(*x.shape[:-1], hidden.shape[-1])
         out: Tensor = down(hidden)
         excess = not routing.sums_to_one and getattr(down, "bias", None) is not None
         if excess:
@@ -176,7 +178,10 @@ class MixedFFN(MoloraLayer):
             if experts is None:
                 return out
             inputs, dropout = self.drop(adapter, f"_{part}", inputs)
-            return selection.mixture_linear(self.molora_runtime.kernel, inputs, gates, experts, out, **dropout)
+            add: Mix = partial(selection.mixture_linear, self.molora_runtime.kernel, **dropout)
+            if self.rescales_gates(adapter, f"_{part}"):
+                return gate_rescaled(add, inputs, gates, experts, out)
+            return add(inputs, gates, experts, out)
 
         ups = [part for part in structure.names if part != "down"]
         pre = [mixed(part, x, p) for part, p in zip(ups, structure.pre_activations(base, x), strict=True)]

@@ -17,6 +17,7 @@ from molora.context import Runtime
 from molora.experts import make_experts, scaling_factor
 from molora.kernel_routing import kernel_routing
 from molora.kernels.reference import Projection
+from molora.preconditioning import preconditioned
 from molora.record import Site
 from molora.routers import RouterConfig, Routing, Tokens
 from molora.shared import SharedRouting
@@ -45,6 +46,7 @@ class MixtureSpec:
     init_lora_weights: bool | str
     router: RouterConfig | None
     freeze_experts: bool = False
+    riemannian: bool | str = False
 
     @property
     def scaling(self) -> float:
@@ -67,7 +69,13 @@ def is_plain_linear(base: nn.Module) -> bool:
     Its output is then a fresh tensor, and so is the gradient of its input. Subclasses (quantised linears) may return
     views, hooks may keep what they see.
     """
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    hooked = (
+        nn.modules.module._has_any_global_hook()
+        or base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+    )
     return type(base) in (nn.Linear, Conv1D) and not hooked and "forward" not in vars(base)
 
 
@@ -240,7 +248,16 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
             return None
         A: Tensor = getattr(self, f"molora_A{part}")[adapter]()
         B: Tensor = getattr(self, f"molora_B{part}")[adapter]()
-        return Projection(A, B, spec.scaling)
+        experts = Projection(A, B, spec.scaling)
+        return preconditioned(experts) if spec.riemannian and self._learns else experts
+
+    @property
+    def _learns(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def rescales_gates(self, adapter: str, part: str) -> bool:
+        """Whether the experts of this pass learn by the square roots of their gates."""
+        return self.molora_specs[adapter][part].riemannian == "gate_rescaled" and self._learns
 
     def router_beside(self, adapter: str) -> Any:
         """This layer's own router, if its logits are a product of the layer's input that others may compute."""

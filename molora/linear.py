@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from molora.context import Runtime
 from molora.kernels import decode, selection
 from molora.kernels.dense_masked import expand
+from molora.kernels.reference import Projection
 from molora.kernels.shrink import shrink
 from molora.layers import MixtureSpec, MoloraLayer, RouterPlace, is_fresh, is_plain_linear, linear_features
+from molora.preconditioning import gate_rescaled
 from molora.routers import Routing
 from molora.shared import Read, SharedRead, SharedRouting
 
@@ -82,6 +84,9 @@ class MixedLinear(MoloraLayer):
             assert experts is not None
             read, routing, gated = decided.get(adapter) or self._decide(adapter, x, adapter in first)
             gates, topk_ids = (None, None) if routing is None else (routing.gates, routing.topk_ids)
+            if gates is not None and self.rescales_gates(adapter, ""):
+                out = self._rescaled(adapter, x, read, gates, topk_ids, experts, out)
+                continue
             inplace = self.base_is_plain and is_fresh(out, x)
             if routing is not None and routing.fuses:
                 ranks = self._fused_ranks(adapter, x, read, routing.gates)
@@ -96,6 +101,31 @@ class MixedLinear(MoloraLayer):
                 kernel, inputs, gates, experts, out, topk_ids=topk_ids, inplace=inplace, **dropout
             )
         return out
+
+    def _rescaled(
+        self,
+        adapter: str,
+        x: Tensor,
+        read: Read | None,
+        gates: Tensor,
+        topk_ids: Tensor | None,
+        experts: Projection,
+        out: Tensor,
+    ) -> Tensor:
+        """The mixture by `gate_rescaled`, of the ranks where another has read the input."""
+        if read is not None and read.ranks is not None:
+
+            def of_ranks(ranks: Tensor, gates: Tensor, experts: Projection, out: Tensor) -> Tensor:
+                return expand(ranks, gates, experts.B, experts.scaling, out, topk_ids=topk_ids)
+
+            return gate_rescaled(of_ranks, read.ranks, gates, experts, out)
+        inputs, dropout = self.drop(adapter, "", x)
+
+        def of_inputs(x: Tensor, gates: Tensor, experts: Projection, out: Tensor) -> Tensor:
+            kernel = self.molora_runtime.kernel
+            return selection.mixture_linear(kernel, x, gates, experts, out, topk_ids=topk_ids, **dropout)
+
+        return gate_rescaled(of_inputs, inputs, gates, experts, out)
 
     def _decide(
         self, adapter: str, x: Tensor, reads_first: bool, gates_too: bool = False

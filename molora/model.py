@@ -16,7 +16,6 @@ from molora.aux_loss import observe_output
 from molora.centroids import ReadQuery, set_centroids
 from molora.config import MoloraConfig
 from molora.context import Runtime, aux_weight
-from molora.expert_pool import add_expert, delete_expert
 from molora.ffn import MixedFFN
 from molora.kernels import selection
 from molora.layers import NOT_MERGEABLE, MoloraLayer
@@ -178,6 +177,22 @@ class MoloraModel(BaseTuner):
         selection.check(name)
         self._runtime.kernel = name
 
+    def add_expert(self, name: str, path: str | os.PathLike[str], **options: Any) -> None:
+        """`molora.add_expert` of this model."""
+        from molora.expert_pool import add_expert
+
+        add_expert(self, name, path, **options)
+
+    def delete_expert(self, name: str, **options: Any) -> None:
+        """`molora.delete_expert` of this model."""
+        from molora.expert_pool import delete_expert
+
+        delete_expert(self, name, **options)
+
+    def set_prototypes(self, **options: Any) -> None:
+        """`molora.set_prototypes` of this model."""
+        set_prototypes(self, **options)
+
     def prompts(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
         """`molora.prompts.prompts` of this model."""
         return prompts(self, *args, **kwargs)
@@ -191,18 +206,6 @@ class MoloraModel(BaseTuner):
     ) -> None:
         """`molora.set_centroids` of this model."""
         set_centroids(self, examples, tokenizer, adapter_name, max_length)
-
-    def set_prototypes(self, *args: Any, **kwargs: Any) -> None:
-        """`molora.set_prototypes` of this model."""
-        set_prototypes(self, *args, **kwargs)
-
-    def add_expert(self, name: str, path: str | os.PathLike[str], **options: Any) -> None:
-        """`molora.add_expert` of this model."""
-        add_expert(self, name, path, **options)
-
-    def delete_expert(self, name: str, **options: Any) -> None:
-        """`molora.delete_expert` of this model."""
-        delete_expert(self, name, **options)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`; a retrieval router reads the prompt first, a centroid router with a

@@ -200,6 +200,7 @@ def _spec(config: MoloraConfig) -> MixtureSpec:
         init_lora_weights=config.init_lora_weights,
         router=config.router,
         freeze_experts=config.freeze_experts,
+        riemannian=config.riemannian,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,29 +21,15 @@ def write_count(x: Tensor) -> int:
     return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
-class SharedRouting:
-    """The routing of modules that route by the same tensor, computed by the first and used by all of them.
+class _Decided:
+    """What `SharedRouting` keeps between its members: whose tokens were routed, and how."""
 
-    Kept only while that tensor is in use: cleared with the last member, and with each forward.
-    """
+    def __init__(self, key: Tensor, routing: Routing) -> None:
+        self.x, self.version, self.routing, self.uses = key, write_count(key), routing, 0
 
-    def __init__(self) -> None:
-        self.owner: MoloraLayer | None = None
-        self.members = 0
-        self.clear()
-
-    def clear(self) -> None:
-        self.x: Tensor | None = None
-        self.version = 0
-        self.routing: Routing | None = None
-        self.uses = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "x": None, "routing": None, "uses": 0}
-
-    def _same(self, x: Tensor) -> bool:
+    def is_of(self, x: Tensor) -> bool:
         """Whether `x` is what was routed, or an alias of it: ZeRO-3 hands each linear an alias of its own."""
-        if self.x is x or self.x is None or torch.compiler.is_compiling():
+        if self.x is x or torch.compiler.is_compiling():
             return self.x is x
         return (
             self.x.data_ptr() == x.data_ptr()
@@ -51,17 +38,34 @@ class SharedRouting:
             and write_count(x) == self.version
         )
 
+
+class SharedRouting:
+    """The routing of modules that route by the same tensor, computed by the first and used by all of them.
+
+    Kept only while that tensor is in use: cleared with the last member, and with each forward. Each thread has its own.
+    """
+
+    def __init__(self) -> None:
+        self.owner: MoloraLayer | None = None
+        self.members = 0
+        self.of_thread: dict[int, _Decided] = {}
+
+    def clear(self) -> None:
+        self.of_thread.pop(_thread(), None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "of_thread": {}}
+
     def get(self, adapter: str, x: Tensor, key: Tensor, logits: Tensor | None = None) -> Routing:
         """The routing of the tokens of `x` by the tensor `key`, computed once for all members that pass the same."""
-        if self.routing is None or not self._same(key):
+        decided = self.of_thread.get(_thread())
+        if decided is None or not decided.is_of(key):
             assert self.owner is not None
-            self.routing = self.owner.route(adapter, x, logits)
-            self.x, self.version, self.uses = key, write_count(key), 0
-        routing = self.routing
-        self.uses += 1
-        if self.uses >= self.members:
+            decided = self.of_thread[_thread()] = _Decided(key, self.owner.route(adapter, x, logits))
+        decided.uses += 1
+        if decided.uses >= self.members:
             self.clear()
-        return routing
+        return decided.routing
 
 
 class Read(NamedTuple):
@@ -76,61 +80,81 @@ class Read(NamedTuple):
     logits: dict[MoloraLayer, Tensor]
 
 
+class _Reading:
+    """A pass over one tensor, in the grad mode and the region of activation checkpointing that it was begun in."""
+
+    def __init__(self, x: Tensor, waiting: list[MixedLinear]) -> None:
+        self.x, self.version, self.context = x, write_count(x), _grad_context()
+        self.input = Input(x, all(layer.base_is_plain for layer in waiting))
+        self.waiting = waiting
+        self.reads: dict[MixedLinear, Read] = {}
+
+    def serves(self, layer: MixedLinear, x: Tensor) -> bool:
+        known = self.x is x and self.version == write_count(x) and self.context == _grad_context()
+        return known and layer in self.waiting
+
+
 class SharedRead:
     """The linears of one adapter that read the same tensor; the first that is called reads for all of them.
 
     Each linear takes its input from `enter`, runs its frozen part on that, and then takes its `part` of the pass: a
     device that is busy with a frozen linear does not wait for the small launches beside it. What is read is kept until
     each of the linears has had its part. Linears that turn out to be called with different tensors (as in
-    cross-attention) read apart from then on.
+    cross-attention) read apart from then on; replicas of them (DataParallel) always do. Each thread reads by itself.
     """
 
     def __init__(self) -> None:
         self.members: list[MixedLinear] = []
         self.apart = False
-        self.clear()
+        self.of_thread: dict[int, _Reading] = {}
 
     def clear(self) -> None:
-        self.x: Tensor | None = None
-        self.version = 0
-        self.input: Input | None = None
-        self.waiting: list[MixedLinear] = []
-        self.reads: dict[MixedLinear, Read] = {}
+        self.of_thread.pop(_thread(), None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "x": None, "input": None, "waiting": [], "reads": {}}
+        return {**self.__dict__, "of_thread": {}}
 
     def enter(self, layer: MixedLinear, adapter: str, x: Tensor) -> Tensor:
         """x (..., D) as the frozen linear must read it, so that its gradient is completed."""
-        known = self.x is x and self.version == write_count(x)
-        if not (known and layer in self.waiting):
-            self.apart = self.apart or (bool(self.waiting) and not known)
-            self.waiting = [layer] if self.apart else [m for m in self.members if m.takes_part(adapter)]
-            self.x, self.version, self.reads = x, write_count(x), {}
-            self.input = Input(x, all(m.base_is_plain for m in self.waiting))
-        assert self.input is not None
-        return self.input.x
+        reading = self.of_thread.get(_thread())
+        if reading is None or not reading.serves(layer, x):
+            # A linear that has had its part begins a new pass; one that waits for its part of another tensor is apart.
+            self.apart = self.apart or (reading is not None and layer in reading.waiting and reading.x is not x)
+            alone = self.apart or layer not in self.members
+            waiting = [layer] if alone else [m for m in self.members if m.takes_part(adapter)]
+            reading = self.of_thread[_thread()] = _Reading(x, waiting)
+        return reading.input.x
 
     def part(self, layer: MixedLinear, adapter: str) -> Read:
         """What the pass over the input that `layer` has entered gives it."""
-        if not self.reads:
-            self._read(adapter)
-        part = self.reads.pop(layer)
-        self.waiting.remove(layer)
-        if not self.waiting:
+        reading = self.of_thread[_thread()]
+        if not reading.reads:
+            self._read(reading, adapter)
+        part = reading.reads.pop(layer)
+        reading.waiting.remove(layer)
+        if not reading.waiting:
             self.clear()
         return part
 
-    def _read(self, adapter: str) -> None:
-        assert self.input is not None and self.x is not None
-        shrinking = [m for m in self.waiting if m.shrinks_first(adapter, self.x)]
+    def _read(self, reading: _Reading, adapter: str) -> None:
+        shrinking = [m for m in reading.waiting if m.shrinks_first(adapter, reading.x)]
         experts = [m.experts(adapter, "") for m in shrinking]
-        routed: list[MoloraLayer] = [m for m in self.waiting if m.router_beside(adapter) is not None]
+        routed: list[MoloraLayer] = [m for m in reading.waiting if m.router_beside(adapter) is not None]
         found = shrink(
-            self.input,
+            reading.input,
             [e.A.flatten(0, 1) for e in experts if e is not None],
             [m.router_beside(adapter).product_weight for m in routed],
         )
         logits = dict(zip(routed, found.logits, strict=True))
         ranks = dict(zip(shrinking, found.ranks, strict=True))
-        self.reads = {m: Read(ranks.get(m), logits) for m in self.waiting}
+        reading.reads = {m: Read(ranks.get(m), logits) for m in reading.waiting}
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _grad_context() -> tuple[Any, ...]:
+    """What a tensor saved now is saved for: nothing that was read under another may be used here."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # of non-reentrant checkpointing, for instance
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), hooks

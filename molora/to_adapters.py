@@ -110,7 +110,7 @@ def to_adapters(
     for directory in taken:
         shutil.rmtree(directory)
     for expert, pairs in experts.items():
-        write_lora(directories[expert], pairs, name)
+        write_lora(directories[expert], pairs, name, model=base)
     return directories
 
 

@@ -229,6 +229,28 @@ def take_gradients(model: nn.Module) -> Gradients:
     return found
 
 
+def preconditioned_by_hand(model: nn.Module, plain: Gradients, delta: float = 1e-6) -> Gradients:
+    """Plain gradients preconditioned one expert at a time, in fp64, in the authors' orientation of B."""
+    found = dict(plain)
+    parameters = dict(model.named_parameters())
+    for name in plain:
+        if ".molora_A" not in name:
+            continue
+        partner = name.replace(".molora_A", ".molora_B")
+        A, B = parameters[name].detach().double(), parameters[partner].detach().double().mT  # (E, O, R)
+        R, shared = A.shape[1], len(A) < len(B)
+        eye = delta * torch.eye(R, dtype=torch.float64)
+        metrics = [B[e].T @ B[e] for e in range(len(B))]
+        if shared:
+            metrics = [torch.stack(metrics).sum(0)]
+        dA, dB = plain[name].double(), plain[partner].double().mT
+        new_A = [torch.linalg.inv(metrics[i] + eye) @ dA[i] for i in range(len(A))]
+        new_B = [dB[e] @ torch.linalg.inv(A[0 if shared else e] @ A[0 if shared else e].T + eye) for e in range(len(B))]
+        found[name] = torch.stack(new_A).to(plain[name].dtype)
+        found[partner] = torch.stack(new_B).mT.to(plain[partner].dtype)
+    return found
+
+
 def relative_error(got: Gradients, want: Gradients, only: str = "") -> float:
     """The largest ``|got - want| / |want|`` over the parameters whose name contains `only`; names must agree, and what
     should be zero must be zero."""
@@ -280,11 +302,16 @@ def training_options(accumulation: int, checkpointing: str, steps: int, output_d
 
 
 def make_trainer(
-    trainer: str, make_model: Callable[[], nn.Module], batches: Sequence[Batch], options: dict[str, Any], **more: Any
+    trainer: str,
+    make_model: Callable[[], nn.Module],
+    batches: Sequence[Batch],
+    options: dict[str, Any],
+    make: Any = transformers.Trainer,
+    **more: Any,
 ) -> transformers.Trainer:
     """A Trainer ("trainer") or SFTTrainer ("sft") for which each row of the data set is one of the micro-batches.
 
-    The model is made after the arguments: under ZeRO-3 they decide how it is loaded.
+    `make` is the class of the first. The model is made after the arguments: under ZeRO-3 they decide how it is loaded.
     """
 
     def collate(rows: list[dict[str, int]]) -> Batch:
@@ -294,7 +321,7 @@ def make_trainer(
     rows = [{"index": i} for i in range(len(batches))]
     if trainer == "trainer":
         arguments = transformers.TrainingArguments(**options)
-        return transformers.Trainer(make_model(), arguments, data_collator=collate, train_dataset=rows, **more)
+        return make(make_model(), arguments, data_collator=collate, train_dataset=rows, **more)
     import datasets
     from trl import SFTConfig, SFTTrainer
 

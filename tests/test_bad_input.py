@@ -50,7 +50,7 @@ from molora.routers import TopK
         ({"lora_alpha": 0}, r"lora_alpha=0 must be a finite number above 0"),
         ({"lora_dropout": 1.0}, r"lora_dropout=1.0 must be at least 0 and below 1"),
         ({"placement": "ffns"}, r"placement='ffns': did you mean 'ffn'\?"),
-        ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa': choose one of \[True, False"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' starts from experts whose product is subtracted"),
         ({"bias": "lora_only"}, r"did you mean 'molora_only'\?"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]=0"),
         ({"placement": "ffn", "rank_pattern": {"mlp": 2}}, r"rank_pattern and alpha_pattern .* placement 'ffn'"),

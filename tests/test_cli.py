@@ -18,7 +18,7 @@ from tiny_lm import save_tiny, write_jsonl
 
 import molora_cli
 
-ROOT = Path(molora_cli.__file__).parent
+ROOT = Path(molora_cli.__file__).parents[1]
 COMMANDS = ("convert", "train", "eval", "generate")
 
 

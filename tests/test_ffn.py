@@ -210,3 +210,11 @@ def test_two_active_ffn_mixtures_are_refused():
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match=r"an FFN mixture takes one active adapter, got \['default', 'second'\]"):
         model(torch.ones(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 32), (0, 32), (0, 4, 32)])
+@pytest.mark.parametrize("kernel", ["reference", None])
+def test_no_tokens(shape: tuple[int, ...], kernel: str | None) -> None:
+    model = trained("llama", "ffn")
+    model.set_kernel(kernel)
+    assert model.get_base_model().model.layers[0].mlp(torch.zeros(shape)).shape == shape

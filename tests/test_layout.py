@@ -40,7 +40,7 @@ def sources(*parts: str) -> list[Path]:
 
 def all_sources() -> list[Path]:
     top = sorted(ROOT.glob("*.py"))
-    return top + [path for name in ("molora", "tests", "benchmarks") for path in sources(name)]
+    return top + [path for name in ("molora", "molora_cli", "tests", "benchmarks") for path in sources(name)]
 
 
 def module_name(path: Path) -> str:

@@ -141,6 +141,15 @@ def test_names_that_end_like_others_keep_their_own_rank(tmp_path: Path):
     assert same(read_lora(tmp_path / "a").pairs, pairs)
 
 
+def test_last_parts_of_names_stand_only_for_all_modules_that_have_them(tmp_path: Path, saved: Path):
+    pairs = dict(read_lora(saved).pairs)
+    del pairs[Q]
+    write_lora(tmp_path / "a", pairs, None, model=base_model())
+    lora = read_lora(tmp_path / "a")
+    assert lora.config["target_modules"] == sorted(pairs)
+    assert match_lora(lora, base_model())[1] == []
+
+
 def test_one_scaling_stands_in_the_config_for_all_ranks(tmp_path: Path):
     """vLLM reads lora_alpha / r alone and allots the largest rank."""
     pairs = {f"layers.{i}.q": LoraPair(torch.randn(r, 8), torch.randn(4, r), 2.0) for i, r in enumerate((2, 2, 8))}

@@ -56,7 +56,7 @@ def build(tree: Path, out: Path) -> Built:
 
 
 def our_code() -> set[str]:
-    return {path.relative_to(ROOT).as_posix() for path in (ROOT / "molora").rglob("*.py")} | {"molora_cli.py"}
+    return {p.relative_to(ROOT).as_posix() for room in ("molora", "molora_cli") for p in (ROOT / room).rglob("*.py")}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_wheel_holds_all_code_and_data(built: Built) -> None:
 def test_wheel_holds_nothing_else(built: Built) -> None:
     """No root link, no tests: only the package, the console module and the metadata."""
     tops = {name.split("/")[0] for name in built.wheel_names()}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"molora", "molora_cli.py"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"molora", "molora_cli"}
 
 
 def test_wheel_metadata(built: Built) -> None:

@@ -172,8 +172,8 @@ def test_routers_learn_planted_tasks() -> None:
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     stored = json.loads(benchmark.RESULTS.read_text(encoding="utf-8"))
-    assert stored["schema"] == "molora.results/1" and stored["presets"].keys() == PRESETS.keys()
-    assert {bar["name"] for bar in stored["bars"]} == PRESETS.keys() - benchmark.NO_CLAIM.keys()
+    assert stored["schema"] == "molora.results/1" and stored["presets"].keys() == benchmark.SUBJECTS
+    assert {bar["name"] for bar in stored["bars"]} == benchmark.SUBJECTS - benchmark.NO_CLAIM.keys()
     assert all(bar["holds"] and bar["value"] >= bar["limit"] == 0.9 for bar in stored["bars"])
     meteora = benchmark.run("meteora", steps=40, seed=1)
     assert meteora["before"]["mean"] < 0.8 and meteora["after"]["highest"] >= 0.9

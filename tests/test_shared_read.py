@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -9,6 +11,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny_models import base_model, batch, config
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.utils.checkpoint import checkpoint
 
 from molora import record_routing
 from molora.kernels import selection, shrink
@@ -127,7 +135,7 @@ def test_linears_that_read_different_tensors_read_apart(reads: list[int]) -> Non
     for _ in range(2):
         assert_equal(run(), want)
     assert layers[0].molora_reads["default"].apart
-    assert not layers[0].molora_reads["default"].reads
+    assert not layers[0].molora_reads["default"].of_thread
 
 
 def test_two_adapters_and_a_deleted_one(reads: list[int]) -> None:
@@ -172,3 +180,91 @@ def test_a_frozen_input_gets_no_gradient(reads: list[int]) -> None:
     assert layer.base_layer(x).grad_fn is None  # the frozen linear has no backward of its own to run
     out.square().sum().backward()
     assert x.grad is None
+
+
+def tokens(model: PeftModel, seed: int) -> Tensor:
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids).logits
+    return found
+
+
+@pytest.mark.parametrize("placement", ["linear", "block"])
+def test_threads_of_one_model(placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread reads for itself (by plain operations: Triton's interpreter knows one thread only)."""
+    model = mixture(placement).eval()
+    want = [tokens(model, seed) for seed in range(4)]
+    monkeypatch.setattr(selection, "reads_first", lambda x: True)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda i: tokens(model, i % 4), range(80)))
+    finally:
+        sys.setswitchinterval(before)
+    assert max(float((got - want[i % 4]).abs().max()) for i, got in enumerate(found)) < 1e-5
+
+
+@pytest.mark.parametrize("placement", ["linear", "block"])
+def test_a_replica_reads_by_itself(placement: str, reads: list[int]) -> None:
+    """DataParallel copies modules; what they share lists the originals."""
+    model = mixture(placement).eval()
+    layer = model.get_base_model().model.layers[0].self_attn
+    x = torch.randn(2, 5, 32)
+    want = [linear(x) for linear in (layer.q_proj, layer.k_proj)]
+    for linear, expected in zip((layer.q_proj, layer.k_proj), want, strict=True):
+        copy = linear._replicate_for_data_parallel()
+        for name, child in linear._modules.items():
+            setattr(copy, name, child)
+        assert (copy(x) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("how", ["no_grad", "reentrant"])
+def test_a_linear_without_gradient_does_not_take_that_of_its_siblings(how: str, reads: list[int]) -> None:
+    model = mixture("linear")
+    layer = model.get_base_model().model.layers[0].self_attn
+    x = torch.randn(2, 5, 32, requires_grad=True)
+
+    def run() -> list[Tensor | None]:
+        model.zero_grad()
+        if how == "no_grad":
+            with torch.no_grad():
+                layer.q_proj(x)
+        else:
+            checkpoint(layer.q_proj, x, use_reentrant=True)
+        y = layer.k_proj(x)
+        y.backward(torch.ones_like(y))
+        k = layer.k_proj
+        return [k.molora_A["default"].weight.grad, k.molora_router["default"].weight.grad]
+
+    got = run()
+    model.set_kernel("reference")
+    for found, want in zip(got, run(), strict=True):
+        assert found is not None and want is not None
+        assert float((found - want).norm() / want.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_each_linear_checkpointed_by_itself(reentrant: bool, reads: list[int]) -> None:
+    kind = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    made = [mixture("linear", router={"top_k": 2, "init_std": 0.5}) for _ in range(2)]
+    made[0].set_kernel("reference")
+    want = gradients(made[0])
+    apply_activation_checkpointing(
+        made[1],
+        checkpoint_wrapper_fn=lambda m: checkpoint_wrapper(m, checkpoint_impl=kind),
+        check_fn=lambda m: isinstance(m, MixedLinear),
+    )
+    made[1].enable_input_require_grads()
+    got = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in gradients(made[1]).items()}
+    assert_equal(got, want)
+
+
+def test_probing_one_linear_leaves_the_others_together(reads: list[int]) -> None:
+    model = mixture("linear")
+    layer = model.get_base_model().model.layers[0].self_attn
+    for _ in range(2):
+        layer.q_proj(torch.randn(2, 11, 32))
+    reads.clear()
+    gradients(model)
+    assert len(reads) == 8  # of two layers: q/k/v, o, gate/up, down

@@ -134,8 +134,8 @@ def preset_config(name: str, **options: Any) -> MoloraConfig:
     """A published system with four experts of rank 4 for a model of three layers, no dropout, and losses that matter;
     options merge into it, inside `router` too."""
     small = {"num_experts": 4, "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, **_SMALL.get(name, {}), **options}
-    has_spread = name in PRESETS and any(f.name == "init_std" for f in fields(ROUTERS[PRESETS[name].router]))
-    spread = {"init_std": 0.4} if has_spread else {}
+    known = name in PRESETS and any(f.name == "init_std" for f in fields(ROUTERS[PRESETS[name].router]))
+    spread = {"init_std": 0.4} if known else {}
     small["router"] = {**spread, **_SMALL.get(name, {}).get("router", {}), **options.get("router", {})}
     return MoloraConfig.from_preset(name, **small)
 

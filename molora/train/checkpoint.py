@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from molora.eval.disk import writing
+from molora.train.optimizer import loraplus_optimizer
 from molora.train.sampling import LengthGroupedSampler
 from molora.train.task_loss import TaskLosses
 
@@ -42,8 +43,20 @@ class AtomicTrainer(Trainer):
     """
 
     _partial: Path | None = None
+    optimizer: Any
     task_losses: TaskLosses | None = None
     """Where set, batches hold ``task`` (B,), and the log the loss of each task."""
+    loraplus_lr_ratio: float | None = None
+    """Where set, B learns at this many times the learning rate."""
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        made: Any = self.optimizer
+        if made is None and self.loraplus_lr_ratio is not None:
+            model = self.model if model is None else model
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            made = loraplus_optimizer(model, cls, options, self.loraplus_lr_ratio, self.args.weight_decay)
+            self.optimizer = made
+        return super().create_optimizer(model) if made is None else made
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -13,6 +13,7 @@ from molora.eval.strict import apply_overrides, build, read_yaml
 from molora.eval.suite import Suite
 from molora.eval.tasks import TaskConfig
 from molora.suggest import unknown_key_message
+from molora.train.optimizer import OptimizerConfig
 from molora.train.settings import check_lora, check_streaming, check_training
 
 SCHEMA = "molora.recipe/1"
@@ -107,6 +108,7 @@ class Recipe:
     sequence: SequenceConfig = SequenceConfig()
     training: dict[str, Any]
     """Keys of transformers.TrainingArguments."""
+    optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
@@ -118,6 +120,7 @@ class Recipe:
         if len(set(names)) < len(names):
             raise ValueError(f"recipe: two tasks have the same name (tasks: {', '.join(names)}); rename one")
         check_training(self.training)
+        self._check_optimizer()
         if self.mixing.streaming:
             check_streaming(self.training)
         for task in self.tasks:
@@ -132,6 +135,19 @@ class Recipe:
                     f"task {task.name!r}: size={task.size} is for mixing.streaming; remove it, the rows are counted"
                 )
         adapter_config(self)
+
+    def _check_optimizer(self) -> None:
+        riemannian = self.optimizer.riemannian
+        if riemannian and self.mixture is None:
+            raise ValueError(
+                f"optimizer.riemannian={riemannian!r} is for a mixture, and peft.LoraConfig has nothing like it; "
+                "remove it, or train the section mixture"
+            )
+        own = (self.mixture or {}).get("riemannian", riemannian)
+        if riemannian and own != riemannian:
+            raise ValueError(
+                f"optimizer.riemannian={riemannian!r} and mixture.riemannian={own!r} differ; give one of them"
+            )
 
     @property
     def output_dir(self) -> Path:
@@ -174,7 +190,8 @@ def adapter_config(recipe: Recipe) -> Any:
         ValueError: a key that the config does not have.
     """
     if recipe.mixture is not None:
-        return mixture_config(recipe.mixture)
+        riemannian = recipe.optimizer.riemannian
+        return mixture_config(recipe.mixture | ({"riemannian": riemannian} if riemannian else {}))
     from peft import LoraConfig
 
     assert recipe.lora is not None

@@ -11,15 +11,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, initialize_lora_eva_weights
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
+from molora.config import MoloraConfig
 from molora.eval.disk import check_directory, writing
 from molora.eval.encode import collate
 from molora.eval.models import load_base, load_tokenizer
 from molora.eval.results import header, peak_memory_bytes, write_json, write_text
 from molora.eval.score import context_length
 from molora.eval.suite import check_suite, run_suite
+from molora.init_experts import initialize_eva_weights
 from molora.train.checkpoint import AtomicTrainer, LogAtSaves
 from molora.train.mixing import TaskReport, mixed_dataset
 from molora.train.output import (
@@ -54,7 +57,9 @@ def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, li
     Raises:
         ValueError: a setting, a task or its evaluation that cannot run.
     """
-    seed = training_arguments(recipe).seed
+    args = training_arguments(recipe)
+    check_optimizer(recipe, args)
+    seed = args.seed
     check_directory(recipe.output_dir, "training.output_dir")
     base = load_base(recipe.base.model, dtype=recipe.base.dtype, quantization=recipe.base.quantization)
     tokenizer = load_tokenizer(recipe.base.model)
@@ -138,6 +143,21 @@ def example_texts(rows: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase)
     return {task.name: texts.get(i, []) for i, task in enumerate(recipe.tasks)}
 
 
+def initialize_from_data(model: PeftModel, rows: Any, batch_size: int) -> None:
+    """EVA by batches of training rows, of a stream the first ones of each task; by PEFT's own call for one LoRA."""
+    rows = list(rows.first(EXAMPLES)) if isinstance(rows, MixedStream) else rows
+
+    def batch(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        made = collate(items)
+        return {key: made[key] for key in ("input_ids", "attention_mask", "labels")}
+
+    loader: Any = DataLoader(rows, batch_size=batch_size, collate_fn=batch)
+    if isinstance(model.active_peft_config, MoloraConfig):
+        initialize_eva_weights(model, loader)
+    else:
+        initialize_lora_eva_weights(model, loader, show_progress_bar=False)
+
+
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The recipe's ``training`` section over molora's defaults: no reporting service, molora's own progress bar.
 
@@ -158,6 +178,20 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         return TrainingArguments(**defaults | recipe.training | streamed, remove_unused_columns=False)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"recipe.training: {error}") from error
+
+
+def check_optimizer(recipe: Recipe, args: Any) -> None:
+    """Refuses a second optimizer beside that of LoRA+.
+
+    Raises:
+        ValueError: DeepSpeed's config makes one of its own.
+    """
+    deepspeed = getattr(getattr(args, "hf_deepspeed_config", None), "config", {})
+    if recipe.optimizer.loraplus_lr_ratio is not None and "optimizer" in deepspeed:
+        raise ValueError(
+            "optimizer.loraplus_lr_ratio makes the optimizer, and so does the section optimizer of "
+            "recipe.training.deepspeed; remove one of them"
+        )
 
 
 def train(
@@ -196,6 +230,8 @@ def train(
     model, tokenizer, rows, reports = prepare(recipe)
     show_reports(model, reports)
     args = training_arguments(recipe)
+    if checkpoint is None and getattr(model.active_peft_config, "init_lora_weights", None) == "eva":
+        initialize_from_data(model, rows, args.per_device_train_batch_size)
     trainer = _trainer(recipe, args, model, tokenizer, rows, callbacks or [], warn)
     # Only now, so that a recipe whose data cannot be read does not claim the directory.
     with writing(str(recipe.output_dir), "make room and start again"):
@@ -266,6 +302,7 @@ def _trainer(
     except (ValueError, ImportError, RuntimeError) as error:
         # For instance report_to for a service that is not installed, or fp16 without a GPU.
         raise ValueError(f"recipe.training: {error}") from error
+    trainer.loraplus_lr_ratio = recipe.optimizer.loraplus_lr_ratio
     trainer.remove_callback(PrinterCallback)
     trainer.task_losses = TaskLosses([task.name for task in recipe.tasks])
     return trainer

@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 WORKER = Path(__file__).with_name("zero_worker.py")
 EXACT = 1e-5
+# Of gradients of A whose rounding is magnified by (B B^T)^-1, measured 1.3e-5.
+PRECONDITIONED = 1e-4
 
 _TURNS = itertools.cycle(
     [
@@ -83,6 +85,10 @@ CELLS = (
         _cell(3, "trainer", "non-reentrant", 1, True, "block"),
         _cell(3, "trainer", "none", 1, True, "ffn"),
     ]
+    + [
+        _cell(2, "trainer", "non-reentrant", 2, placement="block") | {"optimizer": "riemannian-loraplus"},
+        _cell(3, "trainer", "reentrant", 2, placement="linear") | {"optimizer": "riemannian-loraplus"},
+    ]
 )
 
 
@@ -90,6 +96,7 @@ def _name(cell: dict[str, Any]) -> str:
     engine = f"zero{cell['stage']}" if cell["stage"] else "ddp"
     loaded = "-from_pretrained" if cell["from_pretrained"] else ""
     what = "{preset}-{over}".format(**cell).rstrip("-") if "preset" in cell else cell["placement"]
+    what += f"-{cell['optimizer']}" if "optimizer" in cell else ""
     return f"{engine}-" + "{trainer}-{checkpointing}-acc{accumulation}-".format(**cell) + what + loaded
 
 
@@ -116,4 +123,4 @@ def test_gradients_equal_one_process(name: str, results: dict[str, dict[str, Any
     result = results[name]
     assert "failure" not in result, result["failure"]
     print(f"{name}: {result['error']:.1e} in {result['seconds']} s")
-    assert result["error"] <= EXACT
+    assert result["error"] <= (PRECONDITIONED if "optimizer" in result["cell"] else EXACT)

@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import deepspeed
 import torch
 from accelerate.state import AcceleratorState
 from deepspeed.utils import safe_get_full_grad
@@ -29,6 +30,7 @@ from gradients import (
     make_trainer,
     micro_batches,
     mixture,
+    preconditioned_by_hand,
     relative_error,
     router_inputs,
     router_loss,
@@ -40,6 +42,8 @@ from gradients import (
 from router_formulas import bias_step, chosen_counts, loads
 from tiny_models import preset_model
 from transformers import LlamaForCausalLM, TrainerCallback
+
+from molora.train.checkpoint import AtomicTrainer
 
 
 def deepspeed_config(stage: int) -> dict[str, Any]:
@@ -198,6 +202,36 @@ def run_cell(cell: dict[str, Any], base_dir: str, world: int) -> float:
     return max(relative_error(got, want) for got in capture.steps)
 
 
+def run_optimizer(cell: dict[str, Any], world: int) -> float:
+    """One step of SGD with LoRA+ on preconditioned gradients: the error of the gradients, and of what they moved."""
+    batches = micro_batches(cell["accumulation"] * world, cell["padding"])
+    alone, ratio = mixture(cell["placement"]), 4.0
+    plain = hand_written(alone, batches, token_weights(batches), True)
+    want = preconditioned_by_hand(alone, plain)
+
+    def make_model() -> torch.nn.Module:
+        model = mixture(cell["placement"], riemannian=True)
+        if cell["checkpointing"] == "reentrant":
+            model.enable_input_require_grads()
+        return model
+
+    capture: Any = CaptureBeforeStep()
+    with tempfile.TemporaryDirectory() as folder:
+        options = training_options(cell["accumulation"], cell["checkpointing"], 1, folder)
+        options |= {"deepspeed": deepspeed_config(cell["stage"]), "learning_rate": 1.0}
+        trainer: Any = make_trainer("trainer", make_model, batches, options, AtomicTrainer, callbacks=[capture])
+        trainer.loraplus_lr_ratio = ratio
+        capture.trainer = trainer
+        trainer.train()
+    before, moved, steps = dict(alone.named_parameters()), {}, {}
+    for name, parameter in trainer.model.named_parameters():
+        if name in want:
+            with deepspeed.zero.GatheredParameters([parameter], enabled=cell["stage"] == 3):
+                moved[name] = before[name].detach() - parameter.detach()
+            steps[name] = want[name] * (ratio if "lora_B" in name else 1.0)
+    return max(relative_error(capture.steps[0], want), relative_error(moved, steps))
+
+
 def main() -> None:
     torch.distributed.init_process_group("gloo")
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -205,7 +239,10 @@ def main() -> None:
         start = time.perf_counter()
         result: dict[str, Any] = {"cell": cell}
         try:
-            result["error"] = run_preset(cell, world) if cell.get("preset") else run_cell(cell, sys.argv[2], world)
+            if cell.get("optimizer"):
+                result["error"] = run_optimizer(cell, world)
+            else:
+                result["error"] = run_preset(cell, world) if cell.get("preset") else run_cell(cell, sys.argv[2], world)
         except Exception:
             result["failure"] = traceback.format_exc()
             print(f"rank {rank}: {result['failure']}", file=sys.stderr, flush=True)

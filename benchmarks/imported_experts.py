@@ -1,0 +1,222 @@
+"""Four LoRAs of one base, each of one task, as the experts of one model: what does each way of choosing cost and give?
+
+    python benchmarks/imported_experts.py [--base molora-tiny] [--steps 600] [--keep]
+
+Trains a LoRA for each of four tasks of recipes/separable.yaml, imports them, and scores each system on the rows of each
+task as they are ("alone"), and behind a solved row of another task ("mixed"), where the prompt shows two tasks and asks
+for the second. Systems: each LoRA on its own task (the oracle choice); their average and TIES merge, by PEFT; arrow,
+centroids, retrieval by prompt, LoRA-TLE with an embedder that reads the running text; gates trained for 100 steps a
+task (PHATGOOSE), and by task labels (MeteoRA). Prepared: seconds that a system took beyond the LoRAs. What is done is
+kept under --out. Prints the table; --keep writes results/imported_experts.json beside itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+TASKS = ("clinc150", "agnews", "scan", "geography")
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+def recipe_of(options: Any, tasks: tuple[str, ...], **sections: Any) -> Any:
+    """separable.yaml with these tasks only."""
+    from molora.train.recipe import read_recipe
+
+    recipe = read_recipe(HERE.parent / "recipes" / "separable.yaml", [f"base.model={options.base}"])
+    training = {**recipe.training, "max_steps": options.steps, "output_dir": str(options.out / "unused")}
+    wanted = [task for task in recipe.tasks if task.name in tasks]
+    evaluation = replace(recipe.evaluation, before=False, after=False)
+    limited = [replace(t, eval=replace(t.eval, limit=options.rows)) for t in wanted]
+    return replace(recipe, tasks=limited, training=training, evaluation=evaluation, **sections)
+
+
+def train_loras(options: Any) -> dict[str, str]:
+    """A LoRA for each task; the directory of each."""
+    from molora.train.run import train
+
+    paths = {}
+    for name in TASKS:
+        out = options.out / "loras" / name
+        if not (out / "results.json").is_file():
+            recipe = recipe_of(options, (name,), mixture=None, lora=LORA)
+            train(replace(recipe, training={**recipe.training, "output_dir": str(out)}))
+        paths[name] = str(out)
+    return paths
+
+
+def mixed(task: Any, others: list[Any], options: Any) -> Any:
+    """The task's evaluation rows, each behind a solved training row of another task; no longer than they can be."""
+    from molora.eval.rows import load_rows
+    from molora.eval.tasks import eval_task, fill
+
+    draw, solved = random.Random(0), []
+    for other in others:
+        rows = load_rows(replace(other, eval=None, limit=200)).to_list()
+        words = other.choices or {}
+        for row in rows:
+            answer = fill(other.answer, row)
+            solved.append(fill(other.prompt, row) + words.get(answer, answer))
+    solved = [text for text in solved if len(text) < 300]
+    own = eval_task(task)
+    path = options.out / "mixed" / f"{task.name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for row in load_rows(own).to_list():
+        prompt = draw.choice(solved) + "\n\n" + fill(own.prompt, row)
+        lines.append(json.dumps({"prompt": prompt, "answer": fill(own.answer, row)}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    plain = {"columns": None, "parse": None, "replace": None, "field": None, "split": "train"}
+    evaluation = replace(task.eval, data=str(path), limit=None, split=None)
+    return replace(task, data=str(path), prompt="{prompt}", answer="{answer}", eval=evaluation, **plain)
+
+
+def examples_of(recipe: Any, tokenizer: Any, count: int = 20) -> dict[str, list[str]]:
+    """The prompts of each task's first training rows."""
+    from molora.eval.rows import load_rows
+    from molora.eval.tasks import fill
+
+    found = {}
+    for task in recipe.tasks:
+        rows = load_rows(replace(task, eval=None, limit=count)).to_list()
+        found[task.name] = [fill(task.prompt, row) for row in rows]
+    return found
+
+
+def text_embedder(base: str, out: Path) -> str:
+    """A sentence-transformers directory that means over the base's own last hidden states."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    from molora.eval.models import resolve
+
+    if not out.is_dir():
+        words = Transformer(resolve(base), max_seq_length=256)
+        SentenceTransformer(modules=[words, Pooling(words.get_word_embedding_dimension())], device="cpu").save(str(out))
+    return str(out.resolve())
+
+
+def systems(options: Any, paths: dict[str, str], tokenizer: Any) -> dict[str, Callable[[Any], Any]]:
+    """How each system is made of the base."""
+    from peft import PeftModel
+
+    from molora import average_adapters, from_adapters
+    from molora.train.run import train
+
+    recipe = recipe_of(options, TASKS)
+    examples = examples_of(recipe, tokenizer)
+
+    def averaged(combination: str) -> Callable[[Any], Any]:
+        def make(base: Any) -> Any:
+            out = options.out / f"average-{combination}"
+            average_adapters(base, paths, out, combination=combination)
+            return PeftModel.from_pretrained(base, str(out))
+
+        return make
+
+    def routed(router: dict[str, Any], asked: bool = False) -> Callable[[Any], Any]:
+        def make(base: Any) -> Any:
+            model = from_adapters(base, paths, router)
+            if asked:
+                model.set_centroids(examples, tokenizer)
+            return model
+
+        return make
+
+    def trained(router: dict[str, Any]) -> Callable[[Any], Any]:
+        def make(base: Any) -> Any:
+            del base
+            from molora.eval.models import load_model
+
+            out = options.out / f"gates-{router['name']}"
+            section = {"adapters": paths, "router": router}
+            own = recipe_of(options, TASKS, mixture=section, lora=None)
+            steps = {"max_steps": 100 * len(TASKS), "learning_rate": 5e-3, "output_dir": str(out), "warmup_steps": 10}
+            train(replace(own, training={**own.training, **steps}))
+            return load_model(str(out))[0]
+
+        return make
+
+    embedder = text_embedder(options.base, options.out / "embedder")
+    reading = {"name": "centroid", "embedder": embedder}
+    meteora = {"name": "top_k", "top_k": 2, "task_loss_coef": 50.0, "router_aux_loss_coef": 0.0, "init_std": None}
+    return {
+        "average": averaged("linear"),
+        "average of products": averaged("cat"),
+        "ties": averaged("ties"),
+        "arrow": routed({"name": "arrow"}),
+        "centroid": routed({"name": "centroid"}, True),
+        "centroid, one layer": routed({"name": "centroid", "layer": 2}, True),
+        "retrieval, selection": routed({"name": "retrieval", "top_k": 1}, True),
+        "retrieval, mixture": routed({"name": "retrieval", "top_k": 2}, True),
+        "retrieval, fusion": routed({"name": "retrieval", "top_k": 2, "composition": "fusion"}, True),
+        "lora-tle": routed(reading, True),
+        "lora-tle, every other": routed({**reading, "reweight_every": 2}, True),
+        "phatgoose": trained({"name": "phatgoose"}),
+        "meteora": trained(meteora),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="molora-tiny")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--rows", type=int, default=200, help="rows of each task that are scored")
+    parser.add_argument("--out", type=Path, default=Path("runs/imported_experts"))
+    parser.add_argument("--keep", action="store_true")
+    options = parser.parse_args()
+    from molora.eval.models import load_base, load_model, load_tokenizer
+    from molora.eval.results import header, write_json
+    from molora.eval.suite import Suite, run_suite
+    from molora.eval.terminal import quiet
+
+    quiet()
+    paths = train_loras(options)
+    tokenizer = load_tokenizer(options.base)
+    recipe = recipe_of(options, TASKS)
+    behind = [mixed(t, [o for o in recipe.tasks if o is not t], options) for t in recipe.tasks]
+    kinds = {"alone": recipe.tasks, "mixed": behind}
+
+    def score(model: Any, name: str, texts: bool = True) -> dict[str, Any]:
+        found = {}
+        for kind, tasks in kinds.items():
+            # An embedder that reads the running text works in generate only, so not for scores of choices.
+            own = [t for t in tasks if texts or t.name != "agnews"]
+            suite = Suite(tasks=own, max_length=recipe.sequence.max_length, batch_size=64)
+            result = run_suite(model, tokenizer, suite, name=name)
+            found[kind] = {task: {k: e[k] for k in ("value", "interval", "n")} for task, e in result["tasks"].items()}
+        return found
+
+    done = options.out / "scores.json"
+    rows: dict[str, Any] = json.loads(done.read_text()) if done.is_file() else {}
+    if "oracle choice" not in rows:
+        each = {name: score(load_model(path)[0], name) for name, path in paths.items()}
+        rows["oracle choice"] = {k: {n: each[n][k][n] for n in TASKS} for k in kinds} | {"prepared": 0.0}
+        for name, scores in each.items():
+            rows[f"{name}'s LoRA"] = scores | {"prepared": 0.0}
+        rows["base"] = score(load_base(options.base).eval(), "base") | {"prepared": 0.0}
+    for name, make in systems(options, paths, tokenizer).items():
+        if name not in rows:
+            began = time.perf_counter()
+            model = make(load_base(options.base).eval())
+            seconds = time.perf_counter() - began
+            rows[name] = score(model.eval(), name, texts=not name.startswith("lora-tle")) | {"prepared": seconds}
+        write_json(done, rows)
+        print(name, {k: [round(e["value"], 3) for e in rows[name][k].values()] for k in kinds}, flush=True)
+    command = (
+        f"python benchmarks/imported_experts.py --base {options.base} --steps {options.steps} --rows {options.rows}"
+    )
+    result = header(load_base(options.base), options.base, 0) | {"command": f"{command} --keep", "systems": rows}
+    if options.keep:
+        write_json(HERE / "results" / "imported_experts.json", result)
+
+
+if __name__ == "__main__":
+    main()

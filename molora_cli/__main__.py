@@ -1,0 +1,5 @@
+"""``python -m molora_cli``."""
+
+from molora_cli import main
+
+main()
