@@ -30,7 +30,9 @@ def recipe_of(options: Any, tasks: tuple[str, ...], **sections: Any) -> Any:
     """separable.yaml with these tasks only."""
     from molora.train.recipe import read_recipe
 
-    recipe = read_recipe(HERE.parent / "recipes" / "separable.yaml", [f"base.model={options.base}"])
+    recipe = read_recipe(
+        HERE.parent / "recipes" / "separable.yaml", [f"base.model={options.base}", f"base.dtype={options.dtype}"]
+    )
     training = {**recipe.training, "max_steps": options.steps, "output_dir": str(options.out / "unused")}
     wanted = [task for task in recipe.tasks if task.name in tasks]
     evaluation = replace(recipe.evaluation, before=False, after=False)
@@ -167,6 +169,7 @@ def systems(options: Any, paths: dict[str, str], tokenizer: Any) -> dict[str, Ca
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="molora-tiny")
+    parser.add_argument("--dtype", default="auto", help="of the base; float32 on a CPU")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rows", type=int, default=200, help="rows of each task that are scored")
     parser.add_argument("--out", type=Path, default=Path("runs/imported_experts"))
@@ -201,18 +204,16 @@ def main() -> None:
         rows["oracle choice"] = {k: {n: each[n][k][n] for n in TASKS} for k in kinds} | {"prepared": 0.0}
         for name, scores in each.items():
             rows[f"{name}'s LoRA"] = scores | {"prepared": 0.0}
-        rows["base"] = score(load_base(options.base).eval(), "base") | {"prepared": 0.0}
+        rows["base"] = score(load_base(options.base, dtype=options.dtype).eval(), "base") | {"prepared": 0.0}
     for name, make in systems(options, paths, tokenizer).items():
         if name not in rows:
             began = time.perf_counter()
-            model = make(load_base(options.base).eval())
+            model = make(load_base(options.base, dtype=options.dtype).eval())
             seconds = time.perf_counter() - began
             rows[name] = score(model.eval(), name, texts=not name.startswith("lora-tle")) | {"prepared": seconds}
         write_json(done, rows)
         print(name, {k: [round(e["value"], 3) for e in rows[name][k].values()] for k in kinds}, flush=True)
-    command = (
-        f"python benchmarks/imported_experts.py --base {options.base} --steps {options.steps} --rows {options.rows}"
-    )
+    command = f"python benchmarks/imported_experts.py --base {options.base} --dtype {options.dtype} --steps {options.steps} --rows {options.rows}"
     result = header(load_base(options.base), options.base, 0) | {"command": f"{command} --keep", "systems": rows}
     if options.keep:
         write_json(HERE / "results" / "imported_experts.json", result)

@@ -105,8 +105,7 @@ def _checked_names(examples: Any, config: MoloraConfig, router: Any) -> list[str
     if not isinstance(examples, Mapping):
         raise ValueError("examples must map each expert's name to a list of texts")
     for name, texts in examples.items():
-        if isinstance(texts, str) or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(f"examples[{name!r}] must be a list of texts that are not empty")
+        check_texts(name, texts)
     names, num_experts = list(examples), config.num_experts
     if len(names) != num_experts or not all(len(texts) for texts in examples.values()):
         raise ValueError(
@@ -119,6 +118,12 @@ def _checked_names(examples: Any, config: MoloraConfig, router: Any) -> list[str
     if config.expert_names is not None and names != list(config.expert_names) and not router.vectors.any():
         raise ValueError(f"examples are for {names}, the experts are {config.expert_names}; give these, in their order")
     return names
+
+
+def check_texts(name: str, texts: Any) -> None:
+    """Raises ValueError for example prompts that are no list of texts."""
+    if isinstance(texts, str) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"examples[{name!r}] must be a list of texts that are not empty")
 
 
 def _mean_inputs(

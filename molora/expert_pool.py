@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.centroids import example_vectors
+from molora.centroids import check_texts, example_vectors
 from molora.context import Runtime, runtime_of
-from molora.from_adapters import check_name, linears_of, pairs_of, replace_experts
+from molora.from_adapters import check_name, check_range, linears_of, pairs_of, replace_experts
 from molora.linear import MixedLinear
 from molora.lora_files import LoraPair
 from molora.prototypes import prototypes
@@ -54,6 +54,11 @@ def add_expert(
             f"router {config.router.name!r} knows experts by example prompts; call add_expert(name, path, "
             "examples=[...], tokenizer=tokenizer)"
         )
+    if examples is not None:
+        check_texts(name, examples)
+    for site in runtime.sites:
+        if site.adapter == adapter and site.owner is not None:
+            site.router.check_set()  # type: ignore[operator]
     base = runtime.model()
     assert base is not None
     try:
@@ -66,6 +71,8 @@ def add_expert(
             f"expert {name!r} ({path}) adapts {len(strange)} linears that no expert of this model does, first "
             f"{strange[0]}; make the model anew with from_adapters"
         )
+    first: Any = next(iter(linears.values()))
+    check_range(name, pairs, first.molora_A[adapter].weight.dtype)
     new = None
     if config.router.has_centroids:
         new = example_vectors(base, runtime, adapter, config.router, {name: examples or ()}, tokenizer)
@@ -92,6 +99,7 @@ def delete_expert(model: Any, name: str, *, adapter_name: str | None = None) -> 
     if len(names) == 1:
         raise ValueError(f"{name!r} is the last expert; delete the adapter {adapter!r} instead")
     kept = [i for i, other in enumerate(names) if other != name]
+    config.router.check(len(kept), config.r, config.placement)
     for layer in linears_of(runtime, adapter).values():
         A, B = (getattr(layer, c)[adapter].weight.detach() for c in ("molora_A", "molora_B"))
         replace_experts(layer, adapter, A[kept], B[kept])

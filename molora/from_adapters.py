@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from molora.checks import check_int
 from molora.config import MoloraConfig
 from molora.context import Runtime, runtime_of
 from molora.experts import lazy_zeros
@@ -19,8 +20,9 @@ from molora.layers import MoloraLayer, linear_features
 from molora.linear import MixedLinear
 from molora.lora_files import LoraPair, read_lora
 from molora.lora_match import match_lora
+from molora.lora_tensors import is_finite
 from molora.prototypes import set_prototypes
-from molora.routers import Arrow, RouterConfig, router_config
+from molora.routers import Arrow, Phatgoose, RouterConfig, router_config
 from molora.suggest import unknown_key_message
 
 Pairs = dict[str, LoraPair]
@@ -69,19 +71,31 @@ def from_adapters(
         ValueError: an adapter that is none, is damaged or belongs to another base, or an option that the adapters
             decide. The base is then as it was.
     """
-    router = router_config(router)
+    router = router_config({"name": "arrow", **router} if isinstance(router, Mapping) else router)
     check_options(adapters, options)
+    if power_iterations is not None:
+        check_int("power_iterations", power_iterations)
+        if not isinstance(router, Arrow):
+            raise ValueError(
+                f"power_iterations={power_iterations} is for router 'arrow', not {router.name!r}; leave it out"
+            )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r} must be a floating point dtype of torch, as torch.float32, or None")
     subtracted = [pairs_of(base, path, allow_partial) for path in general]
     # Read twice, so that one adapter is in memory at a time: now for what they are, later for their values.
-    shapes = {}
+    shapes: dict[str, Pairs] = {}
+    dtypes = set()
     for name, path in adapters.items():
         pairs = _expert_pairs(base, name, path, allow_partial, subtracted)
+        check_range(name, pairs, dtype or torch.float32)
+        dtypes |= {_dtype(pair) for pair in pairs.values()} if dtype is None else {dtype}
         shapes[name] = {linear: LoraPair(p.A.to("meta"), p.B.to("meta"), p.scaling) for linear, p in pairs.items()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     config = _config(base, shapes, router, options)
     model = get_peft_model(base, config, adapter_name=adapter_name)
     layers = linears_of(runtime_of(model), adapter_name)
     for layer in layers.values():
-        _empty(layer, adapter_name, dtype or _dtype(shapes.values()))
+        _empty(layer, adapter_name, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said once
         for e, (name, path) in enumerate(adapters.items()):
@@ -89,6 +103,8 @@ def from_adapters(
                 _put(layers[linear], adapter_name, e, pair)
     if isinstance(router, Arrow):
         set_prototypes(model, adapter_name, power_iterations)
+    if isinstance(router, Phatgoose):
+        _mark_present(runtime_of(model), adapter_name, list(shapes.values()))
     return model
 
 
@@ -151,16 +167,12 @@ def _expert_pairs(
     return result
 
 
-def _dtype(pools: Iterable[Pairs]) -> torch.dtype:
-    """The dtype that holds A and scaling * B of all experts as they are, or fp32."""
-    pairs = [pair for pool in pools for pair in pool.values()]
-    dtypes = {pair.A.dtype for pair in pairs} | {pair.B.dtype for pair in pairs}
-    exact = all(_is_power_of_2(scaling) for scaling in {pair.scaling for pair in pairs})
-    return dtypes.pop() if len(dtypes) == 1 and exact else torch.float32
-
-
-def _is_power_of_2(number: float) -> bool:
-    return number > 0 and float(torch.frexp(torch.tensor(number, dtype=torch.float64)).mantissa) == 0.5
+def _dtype(pair: LoraPair) -> torch.dtype:
+    """The dtype that holds A and scaling * B as they are, or fp32: a power of two may still overflow or underflow."""
+    if pair.A.dtype != pair.B.dtype or pair.B.dtype == torch.float32:
+        return torch.float32
+    B = pair.B.float() * pair.scaling
+    return pair.B.dtype if torch.equal(B.to(pair.B.dtype).float(), B) else torch.float32
 
 
 def _config(base: nn.Module, pools: dict[str, Pairs], router: RouterConfig, options: Mapping[str, Any]) -> MoloraConfig:
@@ -209,6 +221,29 @@ def _empty(layer: MixedLinear, adapter: str, dtype: torch.dtype) -> None:
     """Zeros in the place of all experts of a linear, on its device."""
     A, B = (getattr(layer, container)[adapter].weight for container in ("molora_A", "molora_B"))
     replace_experts(layer, adapter, *(lazy_zeros(*w.shape, dtype=dtype).to(w.device) for w in (A, B)))
+
+
+def check_range(name: str, pool: Pairs, dtype: torch.dtype) -> None:
+    """Raises ValueError where an expert has values that a dtype turns into infinity."""
+    for linear, pair in pool.items():
+        values = (pair.A.float(), pair.B.float() * pair.scaling)
+        if not all(is_finite(value.to(dtype)) for value in values):
+            raise ValueError(
+                f"expert {name!r}: {linear} has values beyond the range of {dtype}; make the model with "
+                "from_adapters(..., dtype=torch.float32)"
+            )
+
+
+def _mark_present(runtime: Runtime, adapter: str, pools: Sequence[Pairs]) -> None:
+    """Tells each router which experts have weights on a linear that it routes."""
+    routed: dict[MoloraLayer | None, list[str]] = {}
+    for name, layer in linears_of(runtime, adapter).items():
+        shared = layer.molora_shared.get(adapter)
+        routed.setdefault(layer if shared is None else shared.owner, []).append(name)
+    for site in runtime.sites:
+        if site.adapter == adapter and site.owner is not None:
+            present: Any = site.router.present
+            present.copy_(torch.tensor([any(name in pool for name in routed[site.owner]) for pool in pools]))
 
 
 @torch.no_grad()

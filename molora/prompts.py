@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,6 +46,9 @@ def embed_prompts(
     try:
         with base_alone(model):
             given = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+            if attention_mask is not None and "position_ids" in inspect.signature(model.forward).parameters:
+                # As `generate` has them, so that padding moves no token.
+                given["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             model(**{k: v for k, v in given.items() if v is not None}, use_cache=False)
     finally:
         handle.remove()
@@ -100,6 +104,7 @@ def prompts(
         yield
     finally:
         runtime.standing = before
+        runtime.inputs = ForwardInputs()  # a forward that failed has left the prompts there
 
 
 def _base(model: nn.Module, runtime: Runtime) -> nn.Module:

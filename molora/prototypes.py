@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from molora.context import Runtime, runtime_of
 from molora.layers import MoloraLayer
 from molora.routers import Arrow
 from molora.routers.fixed_vectors import FixedVectorRouter
+
+_CHUNK = 16
+"""Experts whose matrices are in fp64 at a time."""
 
 
 def right_singular_vectors(
@@ -37,13 +40,18 @@ def right_singular_vectors(
         if power_iterations is not None:
             return torch.stack([_iterated([(A[e], B[e]) for A, B in pairs], power_iterations, seed)
                                 for e in range(len(pairs[0][1]))])  # fmt: skip
-        C = torch.cat([_square_root(B.double() @ B.double().mT) @ A.double() for A, B in pairs], 1)
-        values, vectors = torch.linalg.eigh(C @ C.mT)
-        found = (C.mT @ vectors[:, :, -1:]).squeeze(2)
-        norms = values[:, -1:].clamp(min=0).sqrt()
-        found = torch.where(norms > 0, found / torch.where(norms > 0, norms, 1), 0)
-        largest = found.gather(1, found.abs().argmax(1, keepdim=True))
-        return (found * torch.where(largest < 0, -1.0, 1.0)).float()
+        starts = range(0, len(pairs[0][1]), _CHUNK)
+        return torch.cat([_exact([(A[s : s + _CHUNK], B[s : s + _CHUNK]) for A, B in pairs]) for s in starts])
+
+
+def _exact(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    C = torch.cat([_square_root(B.double() @ B.double().mT) @ A.double() for A, B in pairs], 1)
+    values, vectors = torch.linalg.eigh(C @ C.mT)
+    found = (C.mT @ vectors[:, :, -1:]).squeeze(2)
+    norms = values[:, -1:].clamp(min=0).sqrt()
+    found = torch.where(norms > 0, found / torch.where(norms > 0, norms, 1), 0)
+    largest = found.gather(1, found.abs().argmax(1, keepdim=True))
+    return (found * torch.where(largest < 0, -1.0, 1.0)).float()
 
 
 def _square_root(gram: Tensor) -> Tensor:

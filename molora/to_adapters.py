@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from molora.checks import check_choice, check_number
 from molora.context import runtime_of
 from molora.ffn import MixedFFN
 from molora.layers import MoloraLayer
+from molora.lora_config import CONFIG_FILE
 from molora.lora_files import LoraPair, read_lora, write_lora
 
 PLAIN = "plain_lora"
@@ -76,28 +78,40 @@ def _trimmed(A: Tensor, B: Tensor, scaling: float) -> LoraPair | None:
     return LoraPair(A[:r].cpu(), B[:r].T.contiguous().cpu(), scaling)
 
 
-def to_adapters(model: nn.Module, out: str | os.PathLike[str], adapter_name: str | None = None) -> dict[str, Path]:
+def to_adapters(
+    model: nn.Module, out: str | os.PathLike[str], adapter_name: str | None = None, overwrite: bool = False
+) -> dict[str, Path]:
     """Writes a PEFT LoRA for each expert, ``out/<expert>``, and the ungated LoRA, if there is one, ``out/plain_lora``.
 
     Args:
         model: a PeftModel with a mixture.
-        out: a directory; what is in it stays, but for directories of these names.
+        out: a directory; what else is in it stays.
         adapter_name: the active adapter if None.
+        overwrite: whether adapters of these names that are there give way.
 
     Returns:
         The directory of each.
 
     Raises:
-        ValueError: no such adapter, or an expert that is zero everywhere.
+        ValueError: no such adapter, an expert that is zero everywhere, or a directory that is taken; nothing is written
+            then.
     """
     experts = expert_pairs(model, adapter_name)
     base: Any = runtime_of(model).model() or model
     name = getattr(base, "name_or_path", None) or None
-    written = {}
+    directories = {expert: Path(out) / expert for expert in experts}
+    taken = [d for d in directories.values() if os.path.lexists(d) and not (d.is_dir() and not any(d.iterdir()))]
+    for directory in taken:
+        if not overwrite or not (directory / CONFIG_FILE).is_file():
+            raise ValueError(
+                f"{directory} is there already; choose another directory"
+                + (", only adapters are overwritten" if overwrite else ", or overwrite adapters with overwrite=True")
+            )
+    for directory in taken:
+        shutil.rmtree(directory)
     for expert, pairs in experts.items():
-        written[expert] = Path(out) / expert
-        write_lora(written[expert], pairs, name, model=base)
-    return written
+        write_lora(directories[expert], pairs, name, model=base)
+    return directories
 
 
 def average_adapters(

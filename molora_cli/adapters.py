@@ -61,6 +61,9 @@ def convert(
     chosen: dict[str, Any] = {} if router is None else {"router": {"name": router}}
     keys = apply_overrides(({} if preset is None else {"preset": preset}) | chosen, overrides or [])
     paths = named(adapters, "--adapters")
+    for name, path in paths.items():
+        if not Path(path).exists() and _is_setting(name):
+            raise ValueError(f"--adapters: {name}={path} is a setting, no adapter; put settings before --adapters")
     prompts = {name: _lines(Path(path)) for name, path in named(examples, "--examples").items()}
     config = None if paths else mixture_config(keys)
     terminal.quiet()
@@ -91,6 +94,14 @@ def convert(
             f"the gates of router {config.router.name} are not trained yet; train them by a recipe with "
             "mixture.adapters (docs/adapters.md)"
         )
+
+
+def _is_setting(key: str) -> bool:
+    from dataclasses import fields
+
+    from molora import MoloraConfig
+
+    return key.partition(".")[0] in {field.name for field in fields(MoloraConfig)}
 
 
 def _lines(path: Path) -> list[str]:
@@ -159,12 +170,14 @@ def export(
             raise ValueError(f"{model} is no mixture, so it has no experts; give the directory of a mixture")
         with writing(f"the export in {out}", "make room and run this again with --overwrite"):
             if to == "loras":
-                written = molora.to_adapters(loaded, out)
-                terminal.out.print(f"{len(written)} adapters in {out}: {', '.join(written)}", highlight=False)
+                written = molora.to_adapters(loaded, out, overwrite=overwrite)
+                terminal.out.print(
+                    f"{len(written)} adapters in {out}: {', '.join(written)}", highlight=False, soft_wrap=True
+                )
             elif to == "merged":
                 merge_into_base(loaded).save_pretrained(str(out))  # type: ignore[operator]
                 tokenizer.save_pretrained(str(out))
-                terminal.out.print(f"the merged model in {out}", highlight=False)
+                terminal.out.print(f"the merged model in {out}", highlight=False, soft_wrap=True)
             else:
                 with tempfile.TemporaryDirectory() as directory:
                     paths = molora.to_adapters(loaded, directory)
@@ -173,4 +186,4 @@ def export(
                     average_adapters(
                         bare, paths, out, weights=numbers or None, combination=combination, density=density
                     )
-                terminal.out.print(f"one LoRA, the {combination} average, in {out}", highlight=False)
+                terminal.out.print(f"one LoRA, the {combination} average, in {out}", highlight=False, soft_wrap=True)

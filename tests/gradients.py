@@ -338,14 +338,13 @@ def make_trainer(
 
 def _tokenizer() -> transformers.PreTrainedTokenizerFast:
     """SFTTrainer asks for one, though the rows are tokenised already."""
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {f"t{i}": i for i in range(VOCAB)}
+    names = ["<pad>", "<unk>", "<eos>", *(f"t{i}" for i in range(3, VOCAB))]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t1")),
-        pad_token="t0",
-        unk_token="t1",
-        eos_token="t2",
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
     )
 
 

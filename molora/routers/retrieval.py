@@ -105,6 +105,11 @@ class RetrievalRouter(FixedVectorRouter):
                 "of a PeftModel, or put the forward into `with model.prompts(input_ids, attention_mask):`"
             )
         query = tokens.embedding.detach()
+        if tokens.rows % query.shape[0]:
+            raise ValueError(
+                f"this forward has {tokens.rows} rows for {query.shape[0]} prompts; give one row for each prompt, or "
+                "as many for each, those of one prompt next to each other"
+            )
         similarities = cosine_similarities(query, self.vectors)
         topk_ids = similarities.topk(self.config.num_chosen(self.num_gates, 0), dim=1).indices
         gates = torch.zeros_like(similarities).scatter(1, topk_ids, 1 / topk_ids.shape[1])

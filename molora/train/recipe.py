@@ -235,11 +235,14 @@ def _imported(keys: dict[str, Any]) -> tuple[dict[str, str], Any, dict[str, Any]
     if not isinstance(adapters, dict) or not all(isinstance(path, str) for path in adapters.values()):
         raise ValueError("mixture.adapters must map the name of each expert to a LoRA adapter: {sql: ./sql-lora}")
     preset = keys.pop("preset", None)
-    router = keys.pop("router", "arrow")
+    router = keys.pop("router", None)
     check_options(adapters, keys)
     if preset is not None:
-        named = preset_options(preset, {} if router == "arrow" else {"router": router})
+        named = preset_options(preset, {} if router is None else {"router": router})
         router, keys = named["router"], {k: v for k, v in named.items() if k == "placement"} | keys
+        check_options(adapters, keys)
+    elif router is None or isinstance(router, dict):
+        router = {"name": "arrow", **(router or {})}
     return adapters, router, keys
 
 
