@@ -7,8 +7,8 @@ j is row j of both, and expert e is a PEFT LoRA's ``lora_A.weight`` (A[e]) and `
 from __future__ import annotations
 
 import math
+import mmap
 
-import numpy
 import torch
 from torch import Tensor, nn
 
@@ -30,10 +30,12 @@ class StackedWeight(nn.Module):
 
 def lazy_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
     """Zeros on the default device; those of a CPU take no memory before something is written to them."""
-    if torch.get_default_device().type != "cpu":
+    if torch.get_default_device().type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros(*shape, dtype=dtype)
     count = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(numpy.zeros(count, numpy.uint8)).view(dtype).view(shape)
+    # Not numpy's zeros: it asks for huge pages, of which one value makes the whole resident.
+    pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8, count=count).view(dtype).view(shape)
 
 
 def make_experts(

@@ -171,13 +171,11 @@ def export(
         with writing(f"the export in {out}", "make room and run this again with --overwrite"):
             if to == "loras":
                 written = molora.to_adapters(loaded, out, overwrite=overwrite)
-                terminal.out.print(
-                    f"{len(written)} adapters in {out}: {', '.join(written)}", highlight=False, soft_wrap=True
-                )
+                said = f"{len(written)} adapters in {out}: {', '.join(written)}"
             elif to == "merged":
                 merge_into_base(loaded).save_pretrained(str(out))  # type: ignore[operator]
                 tokenizer.save_pretrained(str(out))
-                terminal.out.print(f"the merged model in {out}", highlight=False, soft_wrap=True)
+                said = f"the merged model in {out}"
             else:
                 with tempfile.TemporaryDirectory() as directory:
                     paths = molora.to_adapters(loaded, directory)
@@ -186,4 +184,5 @@ def export(
                     average_adapters(
                         bare, paths, out, weights=numbers or None, combination=combination, density=density
                     )
-                terminal.out.print(f"one LoRA, the {combination} average, in {out}", highlight=False, soft_wrap=True)
+                said = f"one LoRA, the {combination} average, in {out}"
+    terminal.out.print(said, highlight=False, soft_wrap=True)
