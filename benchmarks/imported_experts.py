@@ -213,8 +213,9 @@ def main() -> None:
             rows[name] = score(model.eval(), name, texts=not name.startswith("lora-tle")) | {"prepared": seconds}
         write_json(done, rows)
         print(name, {k: [round(e["value"], 3) for e in rows[name][k].values()] for k in kinds}, flush=True)
-    command = f"python benchmarks/imported_experts.py --base {options.base} --dtype {options.dtype} --steps {options.steps} --rows {options.rows}"
-    result = header(load_base(options.base), options.base, 0) | {"command": f"{command} --keep", "systems": rows}
+    given = f"--base {options.base} --dtype {options.dtype} --steps {options.steps} --rows {options.rows} --keep"
+    found = {"command": f"python benchmarks/imported_experts.py {given}", "systems": rows}
+    result = header(load_base(options.base), options.base, 0) | found
     if options.keep:
         write_json(HERE / "results" / "imported_experts.json", result)
 
