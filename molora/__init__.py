@@ -1,6 +1,7 @@
 """molora: any dense Hugging Face causal LM as a mixture of LoRA experts. Importing it registers the PEFT method."""
 
 from molora.centroids import set_centroids
+from molora.compress import compress_experts, merge_experts
 from molora.config import MoloraConfig
 from molora.context import aux_weight, end_step
 from molora.equal_lora import equal_lora
@@ -18,10 +19,12 @@ __all__ = [
     "add_expert",
     "aux_weight",
     "average_adapters",
+    "compress_experts",
     "delete_expert",
     "end_step",
     "equal_lora",
     "from_adapters",
+    "merge_experts",
     "merge_into_base",
     "initialize_eva_weights",
     "record_routing",

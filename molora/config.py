@@ -66,6 +66,8 @@ class MoloraConfig(PeftConfig):
             "imported": none, because adapters give them (`from_adapters`); False: both uniform, for tests. What would
             change the base ("pissa", "olora", "lora_ga", ...) is refused.
         share_A: one A for all experts of a mixture (HydraLoRA).
+        shared_basis: one matrix on each side for all experts of a linear, and for each expert the (r, r) between them
+            (Compress then Serve; `molora.compress_experts`).
         placement: "linear": a router for each adapted linear; "block": linears that read the same input (q/k/v;
             gate/up) share one router; "ffn": an expert is a whole FFN with its own LoRA on each projection;
             "ffn_linear": the projections of an FFN share one router, which reads the FFN's input, and each adds its own
@@ -82,6 +84,7 @@ class MoloraConfig(PeftConfig):
         bias: "none", "all" or "molora_only": which biases train.
         ensure_weight_tying: as in LoraConfig, for modules_to_save and trainable_token_indices.
         expert_names: names of the experts, num_experts of them; for reports.
+        compression: what `molora.compress_experts` did and lost; for reports.
         freeze_experts: only the routers train, for experts that are trained already.
         riemannian: True: the experts' gradients come back preconditioned, ``(B B^T + delta I)^-1 dA`` and
             ``(A A^T + delta I)^-1 dB`` with delta = 1e-6, whatever the optimiser (arXiv 2502.15828,
@@ -100,6 +103,7 @@ class MoloraConfig(PeftConfig):
     use_rslora: bool = False
     init_lora_weights: bool | str = True
     share_A: bool = False
+    shared_basis: bool = False
     placement: Placement = "linear"
     target_modules: list[str] | str | None = "all-linear"
     exclude_modules: list[str] | str | None = None
@@ -115,6 +119,7 @@ class MoloraConfig(PeftConfig):
     ensure_weight_tying: bool = False
     expert_names: list[str] | None = None
     freeze_experts: bool = False
+    compression: dict[str, Any] | None = None
     riemannian: bool | str = False
     base_fingerprint: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
@@ -147,9 +152,13 @@ class MoloraConfig(PeftConfig):
         self.num_experts = _num_experts(self.num_experts)
         check_number("lora_alpha", self.lora_alpha, above=0)
         check_fraction("lora_dropout", self.lora_dropout)
-        for key in ("use_rslora", "share_A", "ensure_weight_tying", "freeze_experts"):
+        for key in ("use_rslora", "share_A", "shared_basis", "ensure_weight_tying", "freeze_experts"):
             check_bool(key, getattr(self, key))
         check_choice("placement", self.placement, get_args(Placement))
+        if self.shared_basis and self.placement not in ("linear", "block"):
+            raise ValueError(
+                f"shared_basis is for experts of linears, not for placement={self.placement!r}; use 'linear' or 'block'"
+            )
         check_choice("riemannian", self.riemannian, (True, False, "gate_rescaled"))
         check_choice("bias", self.bias, ("none", "all", "molora_only"))
         if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, dict):

@@ -62,8 +62,10 @@ def equal_lora(base: nn.Module, config: MoloraConfig, count: str = "trainable", 
             inputs, outputs = linear_features(modules[linear]) or (0, 0)
             targets[linear] = inputs + outputs
             share = Fraction(1) if count == "trainable" else _active_share(spec)
-            experts = spec.num_experts * spec.r * (outputs + (0 if spec.share_A else inputs))
-            parameters += share * experts + spec.r * (inputs if spec.share_A else 0)
+            own = spec.r if spec.shared_basis else outputs
+            experts = spec.num_experts * spec.r * (own + (0 if spec.share_A else inputs))
+            shared = (inputs if spec.share_A else 0) + (outputs if spec.shared_basis else 0)
+            parameters += share * experts + spec.r * shared
         spec = next(iter(specs.values()))
         if spec.router is None or entry.block in blocks:
             continue

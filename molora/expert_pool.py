@@ -114,6 +114,8 @@ def _pool_of(model: Any, adapter_name: str | None) -> tuple[Runtime, str, Any]:
     config = model.peft_config.get(adapter)
     if config is None or not config.expert_names or config.init_lora_weights != "imported":
         raise ValueError(f"adapter {adapter!r} was not made of LoRA adapters; make it with from_adapters")
+    if config.shared_basis:
+        raise ValueError(f"the experts of adapter {adapter!r} share a basis; change the pool, then compress it again")
     sites = [site for site in runtime.sites if site.adapter == adapter and site.owner is not None]
     if not all(isinstance(site.router, FixedVectorRouter) for site in sites):
         raise ValueError(

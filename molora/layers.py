@@ -46,6 +46,7 @@ class MixtureSpec:
     init_lora_weights: bool | str
     router: RouterConfig | None
     freeze_experts: bool = False
+    shared_basis: bool = False
     riemannian: bool | str = False
 
     @property
@@ -126,18 +127,23 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         for part in parts:
             for matrix in "AB":
                 setattr(self, f"molora_{matrix}{part}", nn.ModuleDict())
-        self.adapter_layer_names = (*(f"molora_{m}{p}" for p in parts for m in "AB"), "molora_router")
+        self.molora_U = nn.ModuleDict()  # of linears whose experts share a basis: (1, R, O)
+        self.adapter_layer_names = (*(f"molora_{m}{p}" for p in parts for m in "AB"), "molora_U", "molora_router")
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
     def add_part(self, adapter: str, part: str, features: tuple[int, int], spec: MixtureSpec) -> None:
         """Puts new experts of `adapter` on one projection."""
-        A, B = make_experts(spec.num_experts, spec.r, *features, spec.share_A, spec.init_lora_weights)
+        inputs, outputs = features
+        if spec.shared_basis:
+            self.molora_U[adapter] = make_experts(1, spec.r, inputs, outputs, False, False)[1]
+            outputs = spec.r
+        A, B = make_experts(spec.num_experts, spec.r, inputs, outputs, spec.share_A, spec.init_lora_weights)
         getattr(self, f"molora_A{part}")[adapter] = A
         getattr(self, f"molora_B{part}")[adapter] = B
         self.molora_specs.setdefault(adapter, {})[part] = spec
         if spec.freeze_experts:
-            frozen = (*self.frozen_peft_weight_names.get(adapter, ()), f"molora_A{part}", f"molora_B{part}")
+            frozen = (*self.frozen_peft_weight_names.get(adapter, ()), f"molora_A{part}", f"molora_B{part}", "molora_U")
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter: frozen}
 
     def add_router(

@@ -83,24 +83,40 @@ class MixedLinear(MoloraLayer):
             experts = self.experts(adapter, "")
             assert experts is not None
             read, routing, gated = decided.get(adapter) or self._decide(adapter, x, adapter in first)
-            gates, topk_ids = (None, None) if routing is None else (routing.gates, routing.topk_ids)
-            if gates is not None and self.rescales_gates(adapter, ""):
-                out = self._rescaled(adapter, x, read, gates, topk_ids, experts, out)
+            if adapter not in self.molora_U:
+                out = self._add(adapter, x, read, routing, gated, experts, out, self.base_is_plain and is_fresh(out, x))
                 continue
-            inplace = self.base_is_plain and is_fresh(out, x)
-            if routing is not None and routing.fuses:
-                ranks = self._fused_ranks(adapter, x, read, routing.gates)
-                out = expand(ranks, gates, experts.B, experts.scaling, out, inplace, topk_ids)
-                continue
-            if read is not None and read.ranks is not None:
-                out = expand(read.ranks, gates, experts.B, experts.scaling, out, inplace, topk_ids, gated)
-                continue
-            inputs, dropout = self.drop(adapter, "", x)
-            kernel = self.molora_runtime.kernel
-            out = selection.mixture_linear(
-                kernel, inputs, gates, experts, out, topk_ids=topk_ids, inplace=inplace, **dropout
-            )
+            onto = out.new_zeros(*out.shape[:-1], experts.B.shape[2])
+            mixed = self._add(adapter, x, read, routing, gated, experts, onto, True)
+            basis: Tensor = self.molora_U[adapter]()
+            out = out + mixed @ basis[0].to(out.dtype)
         return out
+
+    def _add(
+        self,
+        adapter: str,
+        x: Tensor,
+        read: Read | None,
+        routing: Routing | None,
+        gated: Tensor | None,
+        experts: Projection,
+        out: Tensor,
+        inplace: bool,
+    ) -> Tensor:
+        """`out` with an adapter's mixture added to it."""
+        gates, topk_ids = (None, None) if routing is None else (routing.gates, routing.topk_ids)
+        if gates is not None and self.rescales_gates(adapter, ""):
+            return self._rescaled(adapter, x, read, gates, topk_ids, experts, out)
+        if routing is not None and routing.fuses:
+            ranks = self._fused_ranks(adapter, x, read, routing.gates)
+            return expand(ranks, gates, experts.B, experts.scaling, out, inplace, topk_ids)
+        if read is not None and read.ranks is not None:
+            return expand(read.ranks, gates, experts.B, experts.scaling, out, inplace, topk_ids, gated)
+        inputs, dropout = self.drop(adapter, "", x)
+        kernel = self.molora_runtime.kernel
+        return selection.mixture_linear(
+            kernel, inputs, gates, experts, out, topk_ids=topk_ids, inplace=inplace, **dropout
+        )
 
     def _rescaled(
         self,

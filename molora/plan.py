@@ -196,7 +196,8 @@ def _spec(config: MoloraConfig) -> MixtureSpec:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
-        share_A=config.share_A,
+        share_A=config.share_A or config.shared_basis,
+        shared_basis=config.shared_basis,
         init_lora_weights=config.init_lora_weights,
         router=config.router,
         freeze_experts=config.freeze_experts,
@@ -298,7 +299,15 @@ def _plan_plain_lora(
 ) -> Plan:
     options = config.plain_lora
     assert options is not None
-    plain = replace(spec, num_experts=1, share_A=False, r=options["r"], lora_alpha=options["lora_alpha"], router=None)
+    plain = replace(
+        spec,
+        num_experts=1,
+        share_A=False,
+        shared_basis=False,
+        r=options["r"],
+        lora_alpha=options["lora_alpha"],
+        router=None,
+    )
     inside = tuple(f"{name}." for name, entry in taken.items() if isinstance(entry, FFNPlan)) or ("\0",)
     free = {n: m for n, m in linears.items() if n not in taken and not n.startswith(inside)}
     everything = options["target_modules"] == "all-linear" or options["target_modules"] in REGIONS

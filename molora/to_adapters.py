@@ -49,9 +49,11 @@ def expert_pairs(model: nn.Module, adapter_name: str | None = None) -> dict[str,
             linear = f"{name}.{layer.structure.names[part.removeprefix('_')]}" if isinstance(layer, MixedFFN) else name
             found = layer.experts(adapter, part)
             assert found is not None
+            basis = layer.molora_U[adapter]()[0] if adapter in layer.molora_U else None
             for e in range(found.num_experts):
+                B = found.B[e] if basis is None else found.B[e] @ basis
                 own = PLAIN if spec.router is None else _name(config, e)
-                pair = _trimmed(found.A[0 if found.shares_A else e], found.B[e], found.scaling)
+                pair = _trimmed(found.A[0 if found.shares_A else e], B, found.scaling)
                 if pair is not None:
                     experts.setdefault(own, {})[linear] = pair
     lost = [name for e in range(_num_experts(config)) if (name := _name(config, e)) not in experts]

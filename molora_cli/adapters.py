@@ -14,10 +14,7 @@ from molora_cli.common import ListOptions, Overrides, app, check_new, examples, 
     cls=ListOptions,
     epilog=examples(
         "molora convert meta-llama/Llama-3.2-1B out --preset dynmole num_experts=8 r=16",
-        "molora convert ./base out placement=ffn router.top_k=1 --overwrite",
         "molora convert ./base out --adapters sql=./sql-lora math=me/math-lora --router arrow",
-        "molora convert ./base out --adapters sql=./sql math=./math --examples sql=sql.txt math=math.txt "
-        "--router retrieval",
     ),
 )
 def convert(
@@ -118,7 +115,6 @@ def _lines(path: Path) -> list[str]:
     cls=ListOptions,
     epilog=examples(
         "molora export runs/pool out --to loras",
-        "molora export runs/one out --to merged",
         "molora export runs/pool out --to average --combination ties --weights sql=1 math=0.5",
     ),
 )
@@ -186,3 +182,48 @@ def export(
                     )
                 said = f"one LoRA, the {combination} average, in {out}"
     terminal.out.print(said, highlight=False, soft_wrap=True)
+
+
+@app.command(
+    epilog=examples(
+        "molora compress runs/pool runs/small --rank 64",
+        "molora compress runs/pool runs/one-lora --rank 16 --method clusters",
+    )
+)
+def compress(
+    model: Annotated[str, typer.Argument(help="Adapter directory of a mixture.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of the shared basis, or of the one LoRA.")],
+    method: Annotated[
+        str, typer.Option(help="basis: one basis for all experts of a linear; clusters: one LoRA of their ranks.")
+    ] = "basis",
+    base: Annotated[str | None, typer.Option(help="Base to use instead of the one that the adapter names.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a directory that is not empty.")] = False,
+) -> None:
+    """Make the experts of a mixture smaller, and say what that lost."""
+    from molora.checks import check_choice
+    from molora.eval.disk import writing
+
+    check_choice("--method", method, ("basis", "clusters"))
+    check_new(out, overwrite=overwrite)
+    import molora
+    from molora.eval import terminal
+    from molora.eval.models import load_model
+
+    terminal.quiet()
+    with interruptible(), terminal.warnings_as_lines():
+        with terminal.status("loading the model"):
+            loaded, tokenizer = load_model(model, base=base)
+        if not isinstance(getattr(loaded, "peft_config", {}).get("default"), molora.MoloraConfig):
+            raise ValueError(f"{model} is no mixture, so it has no experts; give the directory of a mixture")
+        with terminal.status("compressing"), writing(f"the model in {out}", "make room and run this again"):
+            if method == "basis":
+                errors = molora.compress_experts(loaded, rank)
+                loaded.save_pretrained(str(out))
+                tokenizer.save_pretrained(str(out))
+            else:
+                errors = molora.merge_experts(loaded, rank, out)
+    worst = max(errors, key=lambda name: errors[name])
+    mean = sum(errors.values()) / len(errors)
+    said = f"relative error of the products: {mean:.3f} on average over {len(errors)} linears, {errors[worst]:.3f} at"
+    terminal.out.print(f"{said} {worst}; {out}", highlight=False, soft_wrap=True)
