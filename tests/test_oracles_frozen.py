@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from molora import MoloraConfig, from_adapters, record_routing
 from molora.context import runtime_of
+from molora.kernels.reference import Projection, mixture_linear
 from molora.linear import MixedLinear
 from molora.prototypes import right_singular_vectors
 
@@ -196,3 +197,26 @@ def test_phatgoose_trains_a_gate_as_the_official_code(kernel: str) -> None:
     got_vector, got_x = torch.autograd.grad((y * run["grad_y"]).sum(), [vector, x])
     assert error(got_vector.view(16), run["grad_gate_vector"]) < EXACT
     assert error(got_x, run["grad_x"]) < EXACT
+
+
+@pytest.mark.parametrize("name", ["xlora_dense_depth1_T1", "xlora_notlayerwise"])
+def test_xlora(name: str) -> None:
+    """Given what X-LoRA's first pass reads, the softmax router makes its scalings, and those its output.
+
+    `xlora-single-pass` differs in what it reads, the input of each linear: `MoloraConfig.from_preset`.
+    """
+    tensors, hyper = recorded(name)
+    E = hyper["E"]
+    preset = MoloraConfig.from_preset("xlora-single-pass").router
+    for module in range(hyper["modules"]):
+        router = preset.build(16, E).double()  # type: ignore[union-attr]
+        rows = slice(module * E, (module + 1) * E) if len(tensors["cls_last_b"]) > E else slice(None)
+        with torch.no_grad():
+            router.weight.copy_(tensors["cls_last_w"][rows])
+            router.bias.copy_(tensors["cls_last_b"][rows])
+        gates = router(tensors["last_hidden"].flatten(0, 1)).gates
+        assert error(gates, tensors["gates"][module].flatten(0, 1)) < EXACT
+        experts = Projection(tensors["A"][module], tensors["B"][module].mT, hyper["scaling"])
+        x = tensors["x"]
+        y = mixture_linear(x, gates, experts, x @ tensors["W"][module].T)
+        assert error(y, tensors["y"][module]) < EXACT
