@@ -5,8 +5,8 @@
 Trains a LoRA for each of four tasks of recipes/separable.yaml, imports them, and scores each system on the rows of each
 task as they are ("alone"), and behind a solved row of another task ("mixed"), where the prompt shows two tasks and asks
 for the second. Systems: each LoRA on its own task (the oracle choice); their average and TIES merge, by PEFT; arrow,
-centroids, retrieval by prompt, LoRA-TLE with an embedder that reads the running text; gates trained for 100 steps a
-task (PHATGOOSE), and by task labels (MeteoRA). Prepared: seconds that a system took beyond the LoRAs. What is done is
+centroids, retrieval by prompt, LoRA-TLE with an embedder that reads the running text; gates trained for 100
+steps, each on its task (PHATGOOSE), and by task labels (MeteoRA). Prepared: seconds that a system took beyond the LoRAs. What is done is
 kept under --out. Prints the table; --keep writes results/imported_experts.json beside itself.
 """
 
@@ -140,7 +140,8 @@ def systems(options: Any, paths: dict[str, str], tokenizer: Any) -> dict[str, Ca
             out = options.out / f"gates-{router['name']}"
             section = {"adapters": paths, "router": router}
             own = recipe_of(options, TASKS, mixture=section, lora=None)
-            steps = {"max_steps": 100 * len(TASKS), "learning_rate": 5e-3, "output_dir": str(out), "warmup_steps": 10}
+            # Each step has rows of every task, so that every gate learns in each.
+            steps = {"max_steps": 100, "learning_rate": 5e-3, "output_dir": str(out), "warmup_steps": 10}
             train(replace(own, training={**own.training, **steps}))
             return load_model(str(out))[0]
 

@@ -82,7 +82,47 @@ def quickstart_variants() -> str:
     return rows(["", "steps", "average of a seed", "mean", "loss of the last steps, mean"], *body)
 
 
+def imported_experts() -> str:
+    """Each system: its score on the rows of each task, the means alone and behind another task, seconds to make it."""
+    systems = read("imported_experts")["systems"]
+    tasks = list(systems["oracle choice"]["alone"])
+
+    def average(entries: dict[str, Any]) -> str:
+        return f"{mean(e['value'] for e in entries.values()):.1%}" if len(entries) == len(tasks) else "-"
+
+    body = []
+    for name, row in systems.items():
+        cells = [f"{row['alone'][task]['value']:.0%}" if task in row["alone"] else "-" for task in tasks]
+        body.append([name, *cells, average(row["alone"]), average(row["mixed"]), f"{row['prepared']:.1f}"])
+    return rows(["", *tasks, "mean", "mean, behind another task", "seconds to make"], *body)
+
+
+def arrow_peer() -> str:
+    found = read("arrow_peer")
+    by = {(row["kind"], row["experts"]): row for row in found["rows"]}
+    body = []
+    for count in sorted({row["experts"] for row in found["rows"]}):
+        cells = [f"{by[kind, count]['seconds']:.2f}" for kind in ("base", "molora", "peft")]
+        peaks = [f"{by[kind, count]['peak_bytes'] / 2**20:.0f}" for kind in ("base", "molora", "peft")]
+        made = [f"{by[kind, count]['made']:.1f}" for kind in ("molora", "peft")]
+        agreement = next(bar["value"] for bar in found["bars"] if bar["name"] == f"agreement_{count}")
+        body.append([str(count), " / ".join(cells), " / ".join(peaks), " / ".join(made), f"{agreement:.0e}"])
+    head = ["experts", "forward, s: base / molora / PEFT", "its peak, MiB: base / molora / PEFT"]
+    return rows([*head, "made in s: molora / PEFT", "logits differ by"], *body)
+
+
+def import_cost() -> str:
+    found = read("import_cost")
+    row, bars = found["rows"][0], {bar["name"]: bar for bar in found["bars"]}
+    head = ["adapters onto Llama-3.2-1B's shape, bf16, CPU", "ranks", "seconds", "peak memory over their bytes"]
+    cells = [f"{bars[name]['value']:.{digits}f}" for name, digits in (("seconds", 0), ("memory", 2))]
+    return rows(head, [f"{row['adapters']}, {row['bytes'] / 1e9:.1f} GB", ", ".join(map(str, row["ranks"])), *cells])
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "import-cost": import_cost,
+    "imported-experts": imported_experts,
+    "arrow-peer": arrow_peer,
     "quickstart-short": quickstart_short,
     "quickstart": quickstart,
     "quickstart-means": quickstart_means,

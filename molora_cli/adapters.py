@@ -53,8 +53,13 @@ def convert(
     from molora.eval import terminal
     from molora.eval.models import load_base, load_tokenizer
     from molora.eval.strict import apply_overrides
+    from molora.presets import PRESETS
+    from molora.routers import ROUTERS
     from molora.train.recipe import mixture_config, mixture_of_adapters
 
+    # "meteora" names a system; its router is meant.
+    if router in PRESETS and router not in ROUTERS and preset is None:
+        preset, router = router, None
     chosen: dict[str, Any] = {} if router is None else {"router": {"name": router}}
     keys = apply_overrides(({} if preset is None else {"preset": preset}) | chosen, overrides or [])
     paths = named(adapters, "--adapters")

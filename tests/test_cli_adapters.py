@@ -238,3 +238,12 @@ def test_help_names_the_new_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert molora("export", "--help") == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("loras", "merged", "average", "--combination", "--weights"))
+
+
+def test_a_system_names_its_router(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--router meteora`` is the router of that preset, whose gates a recipe then trains."""
+    assert convert(tmp_path / "out", "--router", "meteora") == 0
+    assert "not trained yet" in capsys.readouterr().err.replace("\n", " ")
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert saved["router"]["name"] == "top_k" and saved["router"]["task_loss_coef"] == 50.0
+    assert saved["expert_names"] == ["sql", "math"] and saved["freeze_experts"] is True
