@@ -1,13 +1,13 @@
 """Four LoRAs of one base, each of one task, as the experts of one model: what does each way of choosing cost and give?
 
-    python benchmarks/imported_experts.py [--base molora-tiny] [--steps 600] [--keep]
+    python benchmarks/imported_experts.py [--base molora-tiny] [--dtype float32] [--steps 200] [--rows 100] [--keep]
 
 Trains a LoRA for each of four tasks of recipes/separable.yaml, imports them, and scores each system on the rows of each
 task as they are ("alone"), and behind a solved row of another task ("mixed"), where the prompt shows two tasks and asks
 for the second. Systems: each LoRA on its own task (the oracle choice); their average and TIES merge, by PEFT; arrow,
-centroids, retrieval by prompt, LoRA-TLE with an embedder that reads the running text; gates trained for 100
-steps, each on its task (PHATGOOSE), and by task labels (MeteoRA). Prepared: seconds that a system took beyond the LoRAs. What is done is
-kept under --out. Prints the table; --keep writes results/imported_experts.json beside itself.
+centroids, retrieval by prompt, LoRA-TLE with an embedder that reads the running text; gates trained for 100 steps, each
+on its task (PHATGOOSE), and by task labels (MeteoRA). Prepared: seconds that a system took beyond the LoRAs. What is
+done is kept under --out. Prints the table; --keep writes results/imported_experts.json beside itself.
 """
 
 from __future__ import annotations
