@@ -143,7 +143,7 @@ def set_centroids(model: peft.PeftModel, problem: Problem, seed: int) -> None:
     for name, layer in layers.items():
         router = layer.molora_router["default"]
         assert isinstance(router, CentroidRouter)
-        router.set_centroids(torch.stack([x.flatten(0, -2).mean(0) for x in inputs[name]]))
+        router.set_vectors(torch.stack([x.flatten(0, -2).mean(0) for x in inputs[name]]))
 
 
 @torch.no_grad()

@@ -115,14 +115,16 @@ def _checked_names(examples: Any, config: MoloraConfig, router: Any) -> list[str
     if config.expert_names is not None and sorted(names) == sorted(config.expert_names):
         return list(config.expert_names)
     # Names from an earlier call give way; names from the config do not.
-    if config.expert_names is not None and names != list(config.expert_names) and not router.vectors.any():
+    fixed = config.init_lora_weights == "imported" or not router.vectors.any()
+    if config.expert_names is not None and names != list(config.expert_names) and fixed:
         raise ValueError(f"examples are for {names}, the experts are {config.expert_names}; give these, in their order")
     return names
 
 
 def check_texts(name: str, texts: Any) -> None:
     """Raises ValueError for example prompts that are no list of texts."""
-    if isinstance(texts, str) or not all(isinstance(text, str) and text.strip() for text in texts):
+    is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
+    if not is_list or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"examples[{name!r}] must be a list of texts that are not empty")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from molora.linear import MixedLinear
 from molora.lora_files import LoraPair, write_lora
 from molora.low_rank import product_norms
 from molora.rank_clusters import merge_ranks
+from molora.to_adapters import make_way
 
 
 def compress_experts(model: Any, rank: int, adapter_name: str | None = None) -> dict[str, float]:
@@ -62,7 +64,12 @@ def compress_experts(model: Any, rank: int, adapter_name: str | None = None) -> 
 
 
 def merge_experts(
-    model: Any, rank: int, out: str | os.PathLike[str], adapter_name: str | None = None, output_factor: float = 1.0
+    model: Any,
+    rank: int,
+    out: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    output_factor: float = 1.0,
+    overwrite: bool = False,
 ) -> dict[str, float]:
     """Writes one PEFT LoRA of `rank` whose ranks are the centroids of the clustered ranks of all experts (LoRA-LEGO).
 
@@ -81,6 +88,7 @@ def merge_experts(
         errors[name] = float(merged.error)
         pairs[name] = LoraPair(merged.A[0].float(), merged.B[0].T.float().contiguous(), 1.0)
     base: Any = runtime.model()
+    make_way([Path(out)], overwrite)
     write_lora(out, pairs, getattr(base, "name_or_path", None) or None, model=base)
     return errors
 

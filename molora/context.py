@@ -320,6 +320,8 @@ def runtime_of(model: nn.Module) -> Runtime:
     for module in model.modules():
         runtime = getattr(module, "__dict__", {}).get("molora_runtime")
         if isinstance(runtime, Runtime):
+            if runtime.model() is None and not hasattr(module, "molora_specs"):  # a copy; the base comes first
+                runtime.model = weakref.ref(module)
             return runtime
     raise ValueError("this model has no mixture of LoRA experts; convert it with get_peft_model(model, MoloraConfig())")
 

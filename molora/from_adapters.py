@@ -27,12 +27,8 @@ from molora.suggest import unknown_key_message
 
 Pairs = dict[str, LoraPair]
 
-# What follows from the adapters, or has no meaning for experts that exist.
-_DERIVED = (
-    *("num_experts", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
-    *("exclude_modules", "expert_names", "init_lora_weights", "share_A", "plain_lora", "layers_to_transform"),
-    "layers_pattern",
-)
+_OPTIONS = ("placement", "freeze_experts", "lora_dropout", "riemannian")
+"""The keys of MoloraConfig that adapters leave open, beside the router."""
 
 
 def from_adapters(
@@ -73,6 +69,10 @@ def from_adapters(
     """
     router = router_config({"name": "arrow", **router} if isinstance(router, Mapping) else router)
     check_options(adapters, options)
+    if isinstance(general, (str, os.PathLike)):
+        raise ValueError(f"general={general!r} must be a list of adapters")
+    if isinstance(base, PeftModel):
+        raise ValueError("from_adapters takes the base itself, not a PeftModel of it; call model.unload() first")
     if power_iterations is not None:
         check_int("power_iterations", power_iterations)
         if not isinstance(router, Arrow):
@@ -112,13 +112,16 @@ def check_options(adapters: Mapping[str, Any], options: Mapping[str, Any]) -> No
     """Raises ValueError for names of experts, and for options, that `from_adapters` cannot take."""
     if not isinstance(adapters, Mapping) or not adapters:
         raise ValueError(f"adapters={adapters!r} must map names of experts to PEFT LoRA adapters, at least one")
-    for name in adapters:
+    for name, path in adapters.items():
         check_name(name)
+        if not isinstance(path, (str, os.PathLike)):
+            raise ValueError(f"adapters[{name!r}]={path!r} must be the directory or hub id of a PEFT LoRA")
     for key in options:
-        if key in _DERIVED:
-            raise ValueError(f"{key} follows from the adapters; leave it out")
-        if key not in (valid := [f.name for f in fields(MoloraConfig) if f.name not in _DERIVED]):
-            raise ValueError(unknown_key_message("from_adapters", key, valid))
+        if key in _OPTIONS:
+            continue
+        if key in [f.name for f in fields(MoloraConfig)]:
+            raise ValueError(f"{key} follows from the adapters; leave it out (open are {', '.join(_OPTIONS)})")
+        raise ValueError(unknown_key_message("from_adapters", key, [*_OPTIONS, "router"]))
     if options.get("placement", "linear") not in ("linear", "block"):
         raise ValueError(
             f"placement={options['placement']!r}: LoRAs of linears become experts of linears; use 'linear' or 'block'"
@@ -127,8 +130,11 @@ def check_options(adapters: Mapping[str, Any], options: Mapping[str, Any]) -> No
 
 def check_name(name: Any) -> None:
     """Raises ValueError for what cannot name an expert."""
-    if not isinstance(name, str) or not name.strip() or set(name) & set("/\\") or name.startswith("."):
-        raise ValueError(f"expert name {name!r} must be a word without slashes; it names a directory on export")
+    word = isinstance(name, str) and name.strip() and name.isprintable() and len(name) <= 100
+    if not word or set(name) & set("/\\") or name.startswith(".") or name == "plain_lora":
+        raise ValueError(
+            f"expert name {name!r} must be a word without slashes, and not plain_lora; it names a directory on export"
+        )
 
 
 def pairs_of(base: nn.Module, path: str | os.PathLike[str], allow_partial: bool) -> Pairs:

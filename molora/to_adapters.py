@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from molora.checks import check_choice, check_number
 from molora.context import runtime_of
 from molora.ffn import MixedFFN
+from molora.from_adapters import pairs_of
 from molora.layers import MoloraLayer
 from molora.lora_config import CONFIG_FILE
-from molora.lora_files import LoraPair, read_lora, write_lora
+from molora.lora_files import LoraPair, write_lora
 
 PLAIN = "plain_lora"
 """Name of the directory for the ungated LoRA beside the mixture."""
@@ -102,7 +103,15 @@ def to_adapters(
     base: Any = runtime_of(model).model() or model
     name = getattr(base, "name_or_path", None) or None
     directories = {expert: Path(out) / expert for expert in experts}
-    taken = [d for d in directories.values() if os.path.lexists(d) and not (d.is_dir() and not any(d.iterdir()))]
+    make_way(directories.values(), overwrite)
+    for expert, pairs in experts.items():
+        write_lora(directories[expert], pairs, name, model=base)
+    return directories
+
+
+def make_way(directories: Iterable[Path], overwrite: bool) -> None:
+    """Removes adapters that are to be overwritten; raises ValueError for anything else that is there."""
+    taken = [d for d in directories if os.path.lexists(d) and not (d.is_dir() and not any(d.iterdir()))]
     for directory in taken:
         if not overwrite or not (directory / CONFIG_FILE).is_file():
             raise ValueError(
@@ -111,9 +120,6 @@ def to_adapters(
             )
     for directory in taken:
         shutil.rmtree(directory)
-    for expert, pairs in experts.items():
-        write_lora(directories[expert], pairs, name, model=base)
-    return directories
 
 
 def average_adapters(
@@ -124,22 +130,27 @@ def average_adapters(
     weights: Mapping[str, float] | None = None,
     combination: str = "linear",
     density: float = 0.2,
+    overwrite: bool = False,
 ) -> None:
-    """Merges LoRA adapters into one by PEFT's own `add_weighted_adapter`, and writes it as a PEFT LoRA.
+    """Merges LoRA adapters into one by PEFT's own `add_weighted_adapter`, in fp32, and writes it as a PEFT LoRA.
 
     Args:
-        base: the causal LM of the adapters; left as it was.
+        base: the causal LM of the adapters; left alone.
         adapters: name and directory of each.
+        out: a directory; overwrite: whether an adapter that is there gives way.
         weights: of each adapter; None: 1 / number of adapters ("ties" and "dare_ties": 1 each).
         combination: PEFT's combination_type. "cat" is the weighted sum of the products, exactly, with the ranks added
-            up; "linear" averages A and B, with cross terms; "svd" takes unequal ranks.
+            up; "linear" averages A and B, with cross terms; "cat" and "svd" take unequal ranks.
         density: share of values that pruning ones ("ties", "dare_...", "magnitude_prune") keep.
 
     Raises:
-        ValueError: unknown names of adapters or of the combination, or what PEFT refuses, for instance unequal ranks.
+        ValueError: unknown names of adapters or of the combination, adapters that `from_adapters` refuses, or unequal
+            ranks; nothing is written.
     """
     check_choice("combination", combination, COMBINATIONS)
     check_number("density", density, above=0)
+    if density > 1:
+        raise ValueError(f"density={density} is the share of values that are kept; give at most 1")
     names = list(adapters)
     if not names:
         raise ValueError("adapters is empty; name at least one")
@@ -148,27 +159,72 @@ def average_adapters(
         raise ValueError(f"weights are for {', '.join(weights)}, the adapters are {', '.join(names)}; give each one")
     for name in names:
         check_number(f"weights[{name!r}]", weights[name])
-        read_lora(os.fspath(adapters[name]))
-    model = None
-    try:
-        for i, name in enumerate(names):
-            # PEFT confuses adapter names that are part of module names, so they get numbers of their own.
-            if model is None:
-                model = PeftModel.from_pretrained(base, adapters[name], adapter_name=f"merged_from_{i}")
-            else:
-                model.load_adapter(os.fspath(adapters[name]), adapter_name=f"merged_from_{i}")
-        assert model is not None
-        pruned = {"density": density} if combination.startswith(("ties", "dare", "magnitude")) else {}
-        own = [f"merged_from_{i}" for i in range(len(names))]
-        model.base_model.add_weighted_adapter(
-            own, [weights[n] for n in names], "default", combination_type=combination, **pruned
+    pools = [pairs_of(base, adapters[name], False) for name in names]
+    ranks = sorted({len(pair.A) for pool in pools for pair in pool.values()})
+    if len(ranks) > 1 and combination not in ("cat", "svd", "ties_svd"):
+        raise ValueError(
+            f"combination={combination!r} needs adapters of one rank, these have {ranks}; use 'cat' or 'svd'"
         )
-        for name in own:
-            model.delete_adapter(name)
-        model.save_pretrained(os.fspath(out))
-    finally:
-        if model is not None:
-            model.unload()
+    model = _loras_of(pools)
+    pruned = {"density": density} if combination.startswith(("ties", "dare", "magnitude")) else {}
+    own = [f"merged_from_{i}" for i in range(len(names))]
+    model.base_model.add_weighted_adapter(
+        own, [weights[n] for n in names], "merged", combination_type=combination, **pruned
+    )
+    merged = {}
+    for name, layer in model.base_model.model.named_modules():
+        if "merged" in getattr(layer, "lora_A", ()):
+            A, B = (getattr(layer, f"lora_{m}")["merged"].weight.detach() for m in "AB")
+            merged[name] = LoraPair(A, B, layer.scaling["merged"])
+    make_way([Path(out)], overwrite)
+    write_lora(out, merged, getattr(base, "name_or_path", None) or None, model=base)
+
+
+def _loras_of(pools: list[dict[str, LoraPair]]) -> Any:
+    """A PeftModel of linears that take no memory, with a plain LoRA for each pool: what PEFT merges, whatever the
+    configs of the adapters say and whatever dtype their base has."""
+    sizes = {name: (pair.B.shape[0], pair.A.shape[1]) for pool in pools for name, pair in pool.items()}
+    skeleton = nn.Module()
+    for name, (outputs, inputs) in sizes.items():
+        *path, leaf = name.split(".")
+        parent = skeleton
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        linear = nn.Linear(1, 1, bias=False)
+        linear.in_features, linear.out_features = inputs, outputs
+        linear.weight = nn.Parameter(torch.zeros(()).expand(outputs, inputs), requires_grad=False)
+        parent.add_module(leaf, linear)
+    model: Any = None
+    for i, pool in enumerate(pools):
+        config = _config_of(pool)
+        if model is None:
+            model = get_peft_model(skeleton, config, adapter_name=f"merged_from_{i}")
+        else:
+            model.add_adapter(f"merged_from_{i}", config)
+        _fill(model, pool, f"merged_from_{i}")
+    return model
+
+
+def _config_of(pairs: dict[str, LoraPair]) -> LoraConfig:
+    ranks = {name: len(pair.A) for name, pair in pairs.items()}
+    largest = max(ranks.values())
+    return LoraConfig(
+        r=largest,
+        lora_alpha=largest,
+        target_modules=list(pairs),
+        rank_pattern={name: r for name, r in ranks.items() if r != largest},
+        alpha_pattern={name: pair.scaling * len(pair.A) for name, pair in pairs.items()},
+    )
+
+
+@torch.no_grad()
+def _fill(model: Any, pairs: dict[str, LoraPair], adapter: str) -> None:
+    for name, pair in pairs.items():
+        layer = model.base_model.model.get_submodule(name)
+        layer.lora_A[adapter].weight.copy_(pair.A)
+        layer.lora_B[adapter].weight.copy_(pair.B)
 
 
 def merge_into_base(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
@@ -191,23 +247,13 @@ def merge_into_base(model: nn.Module, adapter_name: str | None = None) -> nn.Mod
                 f"{site.name} has {site.router.num_gates} gates that differ from token to token, so no fixed weights "
                 "equal the mixture; export the experts with --to loras, or their average with --to average"
             )
+    if not hasattr(model, "unload"):
+        raise ValueError("merge_into_base takes a PeftModel; load the adapter with PeftModel.from_pretrained")
     experts = expert_pairs(model, adapter_name)
     base: Any = model.unload()  # type: ignore[operator]
     for pairs in experts.values():
-        ranks = {name: len(pair.A) for name, pair in pairs.items()}
-        config = LoraConfig(
-            r=max(ranks.values()),
-            lora_alpha=max(ranks.values()),
-            target_modules=list(pairs),
-            rank_pattern=ranks,
-            alpha_pattern={name: pair.scaling * len(pair.A) for name, pair in pairs.items()},
-        )
-        lora = get_peft_model(base, config)
-        with torch.no_grad():
-            for name, pair in pairs.items():
-                layer: Any = lora.base_model.model.get_submodule(name)
-                layer.lora_A["default"].weight.copy_(pair.A)
-                layer.lora_B["default"].weight.copy_(pair.B)
+        lora = get_peft_model(base, _config_of(pairs))
+        _fill(lora, pairs, "default")
         base = lora.merge_and_unload(safe_merge=True)
     return base
 

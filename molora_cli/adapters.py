@@ -110,7 +110,10 @@ def _lines(path: Path) -> list[str]:
     """The lines of a text file that are not empty."""
     if not path.is_file():
         raise FileNotFoundError(f"--examples: no file {str(path)!r}; give a text file with one prompt a line")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--examples: {path} is not UTF-8 text: {error}") from error
     if not lines:
         raise ValueError(f"--examples: {path} has no prompts; write one a line")
     return lines
@@ -182,9 +185,8 @@ def export(
                     paths = molora.to_adapters(loaded, directory)
                     paths.pop(PLAIN, None)
                     bare = loaded.unload()
-                    average_adapters(
-                        bare, paths, out, weights=numbers or None, combination=combination, density=density
-                    )
+                    how: dict[str, Any] = {"combination": combination, "density": density, "overwrite": overwrite}
+                    average_adapters(bare, paths, out, weights=numbers or None, **how)
                 said = f"one LoRA, the {combination} average, in {out}"
     terminal.out.print(said, highlight=False, soft_wrap=True)
 
@@ -210,6 +212,8 @@ def compress(
     from molora.eval.disk import writing
 
     check_choice("--method", method, ("basis", "clusters"))
+    if out.exists() and out.resolve() == Path(model).resolve():
+        raise ValueError("OUT is MODEL itself, whose experts would be lost; choose another directory")
     check_new(out, overwrite=overwrite)
     import molora
     from molora.eval import terminal
@@ -227,7 +231,7 @@ def compress(
                 loaded.save_pretrained(str(out))
                 tokenizer.save_pretrained(str(out))
             else:
-                errors = molora.merge_experts(loaded, rank, out)
+                errors = molora.merge_experts(loaded, rank, out, overwrite=overwrite)
     worst = max(errors, key=lambda name: errors[name])
     mean = sum(errors.values()) / len(errors)
     said = f"relative error of the products: {mean:.3f} on average over {len(errors)} linears, {errors[worst]:.3f} at"

@@ -14,7 +14,7 @@ from torch import nn
 from molora import record_routing
 
 # A compilation takes about five seconds; all fourteen were measured once, and the GPU test compiles all.
-COMPILED = ("mixlora-switch", "dynmole", "adamole", "lora-tle")
+COMPILED = ("mixlora-switch", "dynmole", "adamole", "lora-tle")  # one of each kind of router with code of its own
 
 
 def gradients_of(name: str, device: str = "cpu", prepare: Callable[[nn.Module], Callable] = lambda m: m) -> Gradients:

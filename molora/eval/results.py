@@ -88,13 +88,19 @@ def peak_memory_bytes() -> int:
 
 
 def parameters(model: torch.nn.Module) -> dict[str, int]:
-    """Counts ``trainable`` parameters (those of the adapter), those of the ``base``, and the ``total``."""
+    """Counts ``trainable`` parameters (those of the adapter, but for frozen experts), those of the ``base``, and the
+    ``total``."""
     total = sum(p.numel() for p in model.parameters())
-    adapter = sum(
-        p.numel() for name, p in model.named_parameters() if p.requires_grad or "molora_" in name or "lora_" in name
-    )
-    adapter = adapter if hasattr(model, "peft_config") else 0
-    return {"trainable": adapter, "base": total - adapter, "total": total}
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad or "molora_" in n or "lora_" in n}
+    own = own if hasattr(model, "peft_config") else {}
+    frozen = {
+        f"{name}.{container}.{adapter}."
+        for name, module in model.named_modules()
+        for adapter, containers in getattr(module, "frozen_peft_weight_names", {}).items()
+        for container in containers
+    }
+    trainable = sum(p.numel() for n, p in own.items() if n.rpartition(".")[0] + "." not in frozen)
+    return {"trainable": trainable, "base": total - sum(p.numel() for p in own.values()), "total": total}
 
 
 def write_json(path: str | Path, data: Any) -> None:

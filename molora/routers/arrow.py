@@ -69,8 +69,10 @@ class ArrowRouter(FixedVectorRouter):
 
     def set_vectors(self, vectors: Tensor) -> None:
         super().set_vectors(vectors)
-        present = vectors.any(1)
-        self.present = (present if present.any() else ~present).to(self.present.device)
+        self.present = vectors.any(1).to(self.present.device)
+
+    def has_vectors(self) -> bool:
+        return super().has_vectors() or not bool(self.present.all())  # all of them may be absent
 
     @property
     def product_weight(self) -> Tensor:
@@ -81,9 +83,11 @@ class ArrowRouter(FixedVectorRouter):
         scores = self.logits(x, tokens).abs() / self.config.router_temperature
         scores = scores.masked_fill(~self.present, float("-inf"))
         top, topk_ids = scores.topk(self.config.num_chosen(scores.shape[1], 0), dim=1)
-        gates = torch.zeros_like(scores).scatter(1, topk_ids, top.softmax(1))
+        # Where every expert is absent there is nothing to add.
+        gates = torch.zeros_like(scores).scatter(1, topk_ids, torch.where(self.present.any(), top.softmax(1), 0))
         stats = None
         if with_stats:
             chosen = torch.zeros_like(gates).scatter(1, topk_ids, 1.0) * self.present
-            stats = self.statistics(scores.softmax(1), gates, chosen, tokens.mask, gates.new_zeros(0))
+            probs = torch.where(self.present.any(), scores.softmax(1), 0)
+            stats = self.statistics(probs, gates, chosen, tokens.mask, gates.new_zeros(0))
         return Routing(gates, topk_ids, stats, True)

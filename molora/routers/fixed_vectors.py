@@ -39,11 +39,15 @@ class FixedVectorRouter(Router):
         stored = vectors.to(getattr(self, self.bits).device, torch.float32).contiguous().view(torch.int32)
         setattr(self, self.bits, stored)
         self.num_gates = len(vectors)
-        self._is_set = bool(stored.any())
+        self._is_set = self.has_vectors()
+
+    def has_vectors(self) -> bool:
+        """Whether vectors were set."""
+        return bool(getattr(self, self.bits).any())
 
     def check_set(self) -> None:
         """Raises ValueError where no vectors were set; one read of the device in the life of a router."""
         if not self._is_set and not torch.compiler.is_compiling():
-            self._is_set = bool(getattr(self, self.bits).any())
+            self._is_set = self.has_vectors()
             if not self._is_set:
                 raise ValueError(self.advice)

@@ -24,7 +24,8 @@ class Phatgoose(RouterConfig):
     In training a token of task i passes through expert i alone, with gate ``sigmoid(v_i . x)``; so each vector learns
     from its own task, as if it were trained by itself, and every batch needs `task_labels`. Outside training both x and
     v_i are standardised (LayerNorm without scale and shift, eps 1e-5), ``p = softmax(x^ . v^_i / sqrt(D))``, and the
-    gates are the `top_k` largest p over their sum (plus 1e-6, as released). Experts that a module lacks are not chosen.
+    gates are the `top_k` largest p over their sum (plus 1e-6, as released). Experts that a module lacks are not chosen,
+    nor are those whose gate was not trained.
     Source: Muqeeth et al., arXiv 2402.05859, section 3; r-three/phatgoose, src/models/addons/moe.py (vectors start at
     zero; 100 steps each).
 
@@ -78,10 +79,14 @@ class PhatgooseRouter(Router):
         else:
             deviation = x.to(logits.dtype).var(1, correction=0, keepdim=True).add(_LAYER_NORM_EPS).sqrt()
             scores = logits / (deviation * math.sqrt(x.shape[1]))
-            probs = scores.masked_fill(~self.present, float("-inf")).softmax(1)
+            trained = self.present & self.weight.any(
+                1
+            )  # a gate at zero has learned nothing, and no expert is that good
+            choosable = torch.where(trained.any(), trained, self.present)
+            probs = scores.masked_fill(~choosable, float("-inf")).softmax(1)
             top, topk_ids = probs.topk(self.config.num_chosen(self.num_gates, 0), dim=1)
             gates = torch.zeros_like(probs).scatter(1, topk_ids, top / (top.sum(1, keepdim=True) + _TOP_K_EPS))
-            chosen = torch.zeros_like(gates).scatter(1, topk_ids, 1.0) * self.present
+            chosen = torch.zeros_like(gates).scatter(1, topk_ids, 1.0) * choosable
         stats = None
         if with_stats:
             stats = self.statistics(probs, gates, chosen, tokens.mask, gates.new_zeros(0))
