@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from molora.checks import check_int
 from molora.config import MoloraConfig
-from molora.context import Runtime, runtime_of
+from molora.context import Runtime, adapter_of
 from molora.layers import MoloraLayer
 from molora.record import ForwardInputs, in_backward
 from molora.routers import Centroid, Retrieval
@@ -60,13 +60,8 @@ def set_centroids(
     Raises:
         ValueError: another router, or not one list of texts for each expert.
     """
-    runtime = runtime_of(model)
+    runtime, adapter, config = adapter_of(model, adapter_name, "to set centroids of")
     base: Any = runtime.model()
-    live = [site.adapter for site in runtime.sites if site.live]
-    adapter = adapter_name or (live[0] if live else "")
-    config: Any = model.peft_config.get(adapter)  # type: ignore[union-attr, operator]
-    if config is None:
-        raise ValueError(f"there is no adapter {adapter!r} to set centroids of; there are {list(model.peft_config)}")  # type: ignore
     router = config.router
     if not getattr(router, "has_centroids", False):
         name = getattr(router, "name", router)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from molora.checks import check_int
-from molora.context import Runtime, runtime_of
+from molora.context import Runtime, adapter_of
 from molora.experts import StackedWeight
 from molora.from_adapters import linears_of, replace_experts
 from molora.joint_compression import joint_basis
@@ -94,12 +94,7 @@ def merge_experts(
 
 
 def _mixture(model: Any, adapter_name: str | None) -> tuple[Runtime, str, Any]:
-    runtime = runtime_of(model)
-    live = [site.adapter for site in runtime.sites if site.live]
-    adapter = adapter_name or (live[0] if live else "")
-    config = model.peft_config.get(adapter)
-    if config is None:
-        raise ValueError(f"there is no adapter {adapter!r}; there are {', '.join(model.peft_config)}")
+    runtime, adapter, config = adapter_of(model, adapter_name, "to compress")
     if config.placement not in ("linear", "block") or config.router.name == "rank_wise":
         raise ValueError(
             f"placement {config.placement!r} with router {config.router.name!r} has no experts of single linears; only "

@@ -326,6 +326,23 @@ def runtime_of(model: nn.Module) -> Runtime:
     raise ValueError("this model has no mixture of LoRA experts; convert it with get_peft_model(model, MoloraConfig())")
 
 
+def adapter_of(model: Any, adapter_name: str | None, purpose: str) -> tuple[Runtime, str, Any]:
+    """The runtime of a model, the name of an adapter (the active one if None), and its config.
+
+    Args:
+        purpose: what messages say the adapter is wanted for, for instance "to export".
+
+    Raises:
+        ValueError: the model has no mixture, or no adapter of that name.
+    """
+    runtime = runtime_of(model)
+    adapter = adapter_name or next((site.adapter for site in runtime.sites if site.live), "")
+    config = model.peft_config.get(adapter)
+    if config is None:
+        raise ValueError(f"there is no adapter {adapter!r} {purpose}; there are {', '.join(model.peft_config)}")
+    return runtime, adapter, config
+
+
 @contextlib.contextmanager
 def aux_weight(model: nn.Module, weight: float) -> Iterator[None]:
     """Gives the router losses of the forwards inside a weight of your own, for losses that the model does not compute.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from molora.centroids import check_texts, example_vectors
-from molora.context import Runtime, runtime_of
+from molora.context import Runtime, adapter_of
 from molora.from_adapters import check_name, check_range, linears_of, pairs_of, replace_experts
 from molora.linear import MixedLinear
 from molora.lora_files import LoraPair
@@ -108,11 +108,8 @@ def delete_expert(model: Any, name: str, *, adapter_name: str | None = None) -> 
 
 
 def _pool_of(model: Any, adapter_name: str | None) -> tuple[Runtime, str, Any]:
-    runtime = runtime_of(model)
-    live = [site.adapter for site in runtime.sites if site.live]
-    adapter = adapter_name or (live[0] if live else "")
-    config = model.peft_config.get(adapter)
-    if config is None or not config.expert_names or config.init_lora_weights != "imported":
+    runtime, adapter, config = adapter_of(model, adapter_name, "whose experts could change")
+    if not config.expert_names or config.init_lora_weights != "imported":
         raise ValueError(f"adapter {adapter!r} was not made of LoRA adapters; make it with from_adapters")
     if config.shared_basis:
         raise ValueError(f"the experts of adapter {adapter!r} share a basis; change the pool, then compress it again")

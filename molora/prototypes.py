@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.checks import check_int
-from molora.context import Runtime, runtime_of
+from molora.context import Runtime, adapter_of
 from molora.layers import MoloraLayer
 from molora.routers import Arrow
 from molora.routers.fixed_vectors import FixedVectorRouter
@@ -87,9 +87,7 @@ def set_prototypes(
     """
     if power_iterations is not None:
         check_int("power_iterations", power_iterations)
-    runtime = runtime_of(model)
-    live = [site.adapter for site in runtime.sites if site.live]
-    adapter = adapter_name or (live[0] if live else "")
+    runtime, adapter, _ = adapter_of(model, adapter_name, "to make prototypes for")
     sites = [site for site in runtime.sites if site.adapter == adapter and site.owner is not None]
     if not sites or not all(isinstance(site.router.config, Arrow) for site in sites):
         raise ValueError(f"adapter {adapter!r} has no arrow router, so no prototypes; convert it with router='arrow'")

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from molora.checks import check_choice, check_number
-from molora.context import runtime_of
+from molora.context import adapter_of, runtime_of
 from molora.ffn import MixedFFN
 from molora.from_adapters import pairs_of
 from molora.layers import MoloraLayer
@@ -35,13 +35,8 @@ def expert_pairs(model: nn.Module, adapter_name: str | None = None) -> dict[str,
     Raises:
         ValueError: no such adapter, or an expert that is zero everywhere.
     """
-    runtime = runtime_of(model)
-    base: Any = runtime.model() or model
-    live = [site.adapter for site in runtime.sites if site.live]
-    adapter = adapter_name or (live[0] if live else "")
-    config: Any = model.peft_config.get(adapter)  # type: ignore[union-attr, operator]
-    if config is None:
-        raise ValueError(f"there is no adapter {adapter!r} to export; there are {', '.join(model.peft_config)}")  # type: ignore
+    runtime, adapter, config = adapter_of(model, adapter_name, "to export")
+    base: Any = runtime.model()
     experts: dict[str, dict[str, LoraPair]] = {}
     for name, layer in base.named_modules():
         if not isinstance(layer, MoloraLayer) or adapter not in layer.molora_specs:
@@ -100,7 +95,7 @@ def to_adapters(
             then.
     """
     experts = expert_pairs(model, adapter_name)
-    base: Any = runtime_of(model).model() or model
+    base: Any = runtime_of(model).model()
     name = getattr(base, "name_or_path", None) or None
     directories = {expert: Path(out) / expert for expert in experts}
     make_way(directories.values(), overwrite)

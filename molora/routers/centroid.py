@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,20 @@ def cosine_similarities(query: Tensor, vectors: Tensor) -> Tensor:
     q, c = query.to(accumulate), vectors.to(accumulate)
     norms = q.norm(dim=1, keepdim=True) * c.norm(dim=1)
     return (q @ c.T) / norms.clamp(min=1e-6)
+
+
+def check_embedder(embedder: Any, layer: Any) -> None:
+    """Raises ValueError unless `embedder` is "base" or could name a sentence-transformers model, and `layer` goes with
+    it."""
+    if not isinstance(embedder, str) or not ("/" in embedder or embedder == "base"):
+        raise ValueError(
+            f"embedder={embedder!r} must be 'base' or a sentence-transformers model: a hub id as "
+            "'sentence-transformers/all-MiniLM-L6-v2' or a directory as './minilm'"
+        )
+    if layer is not None:
+        check_int("layer", layer, at_least=0)
+        if embedder != "base":
+            raise ValueError(f"layer={layer} is for embedder='base'; {embedder} reads text, leave layer out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,19 +76,11 @@ class Centroid(RouterConfig):
     top_k: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.embedder, str) or not (self.reads_text or self.embedder == "base"):
-            raise ValueError(
-                f"embedder={self.embedder!r} must be 'base' or a sentence-transformers model: a hub id as "
-                "'sentence-transformers/all-MiniLM-L6-v2' or a directory as './minilm'"
-            )
-        if self.layer is not None:
-            check_int("layer", self.layer, at_least=0)
+        check_embedder(self.embedder, self.layer)
         check_number("temperature", self.temperature, above=0)
         check_int("reweight_every", self.reweight_every)
         if self.top_k is not None:
             check_int("top_k", self.top_k)
-        if self.reads_text and self.layer is not None:
-            raise ValueError(f"layer={self.layer} is for embedder='base'; {self.embedder} reads text, leave layer out")
         if self.reweight_every > 1 and not self.reads_text:
             raise ValueError(
                 f"reweight_every={self.reweight_every} needs a sentence-transformers embedder: with embedder='base' "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from molora.checks import check_choice, check_int
 from molora.routers.base import RouterConfig, Routing, Tokens
-from molora.routers.centroid import cosine_similarities
+from molora.routers.centroid import check_embedder, cosine_similarities
 from molora.routers.fixed_vectors import FixedVectorRouter
 
 
@@ -45,17 +45,7 @@ class Retrieval(RouterConfig):
     def __post_init__(self) -> None:
         check_choice("composition", self.composition, ("mixture", "fusion"))
         check_int("top_k", self.top_k)
-        if not isinstance(self.embedder, str) or not (self.reads_text or self.embedder == "base"):
-            raise ValueError(
-                f"embedder={self.embedder!r} must be 'base' or a sentence-transformers model: a hub id as "
-                "'sentence-transformers/all-MiniLM-L6-v2' or a directory as './minilm'"
-            )
-        if self.layer is not None:
-            check_int("layer", self.layer, at_least=0)
-            if self.reads_text:
-                raise ValueError(
-                    f"layer={self.layer} is for embedder='base'; {self.embedder} reads text, leave layer out"
-                )
+        check_embedder(self.embedder, self.layer)
 
     @property
     def reads_text(self) -> bool:
