@@ -20,9 +20,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from molora import from_adapters
+from molora.adapters.lora_files import LoraPair, write_lora
 from molora.eval.results import header, write_json
 from molora.layers import linear_features
-from molora.lora_files import LoraPair, write_lora
 
 RANKS = (4, 8, 16)
 LIMITS = {"seconds": 60.0, "memory": 2.0}

@@ -179,13 +179,13 @@ class MoloraModel(BaseTuner):
 
     def add_expert(self, name: str, path: str | os.PathLike[str], **options: Any) -> None:
         """`molora.add_expert` of this model."""
-        from molora.expert_pool import add_expert
+        from molora.adapters.expert_pool import add_expert
 
         add_expert(self, name, path, **options)
 
     def delete_expert(self, name: str, **options: Any) -> None:
         """`molora.delete_expert` of this model."""
-        from molora.expert_pool import delete_expert
+        from molora.adapters.expert_pool import delete_expert
 
         delete_expert(self, name, **options)
 

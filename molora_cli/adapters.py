@@ -161,9 +161,9 @@ def export(
             raise ValueError(f"--weights: {name}={value!r} must be a number") from None
         check_number(f"--weights: {name}", numbers[name])
     import molora
+    from molora.adapters.to_adapters import PLAIN, average_adapters, merge_into_base
     from molora.eval import terminal
     from molora.eval.models import load_model
-    from molora.to_adapters import PLAIN, average_adapters, merge_into_base
 
     terminal.quiet()
     with interruptible(), terminal.warnings_as_lines():

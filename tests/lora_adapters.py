@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import base_model
 from torch import Tensor
 
-from molora.lora_files import LoraPair
+from molora.adapters.lora_files import LoraPair
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

@@ -15,7 +15,7 @@ from tiny_models import base_model, config, logits
 from torch import Tensor
 
 import molora
-from molora.lora_files import read_lora
+from molora.adapters.lora_files import read_lora
 
 
 def products(path: Path) -> dict[str, Tensor]:

@@ -14,10 +14,10 @@ from tiny_models import base_model, config, logits, train, trained
 from torch import Tensor
 
 import molora
+from molora.adapters.from_adapters import linears_of
+from molora.adapters.joint_compression import joint_basis
+from molora.adapters.to_adapters import expert_pairs
 from molora.context import runtime_of
-from molora.from_adapters import linears_of
-from molora.joint_compression import joint_basis
-from molora.to_adapters import expert_pairs
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from tiny_models import base_model, batch
 from torch import Tensor
 
 from molora import from_adapters, record_routing
+from molora.adapters.lora_files import read_lora
 from molora.centroids import base_alone
 from molora.context import runtime_of
 from molora.linear import MixedLinear
-from molora.lora_files import read_lora
 from molora.train.recipe import read_recipe
 from molora.train.run import prepare, train
 

@@ -31,8 +31,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import base_model, logits
 from torch import nn
 
-from molora.lora_files import LoraPair, read_lora, write_lora
-from molora.lora_match import base_modules, match_lora
+from molora.adapters.lora_files import LoraPair, read_lora, write_lora
+from molora.adapters.lora_match import base_modules, match_lora
 
 DATA = Path(os.environ.get("MOLORA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")).resolve()
 

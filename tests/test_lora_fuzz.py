@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import base_model
 from torch import Tensor, nn
 
-from molora.lora_files import LoraFile, read_lora
-from molora.lora_match import match_lora
+from molora.adapters.lora_files import LoraFile, read_lora
+from molora.adapters.lora_match import match_lora
 
 COUNT = 200
 MARKER = "ran"

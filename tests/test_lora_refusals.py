@@ -24,7 +24,7 @@ from lora_adapters import (
 )
 from safetensors.torch import load_file
 
-from molora.lora_files import read_lora
+from molora.adapters.lora_files import read_lora
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_a_hub_id_is_resolved(saved: Path, adapter: Path, monkeypatch: pytest.Mo
         asked.append((repo, allow_patterns))
         return str(adapter)
 
-    monkeypatch.setattr("molora.lora_files.snapshot_download", download)
+    monkeypatch.setattr("molora.adapters.lora_files.snapshot_download", download)
     lora = read_lora("someone/something")
     assert asked == [("someone/something", ["adapter_config.json", WEIGHTS])]
     assert same(lora.pairs, read_lora(saved).pairs) and lora.path == "someone/something"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from molora.joint_compression import experts_of, joint_basis, pool_size, shared_A
+from molora.adapters.joint_compression import experts_of, joint_basis, pool_size, shared_A
+from molora.adapters.low_rank import product_norms
+from molora.adapters.rank_clusters import MergedRanks, merge_ranks
 from molora.kernels.reference import Projection, mixture_linear
-from molora.low_rank import product_norms
-from molora.rank_clusters import MergedRanks, merge_ranks
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -323,7 +323,7 @@ def test_lloyd_never_raises_its_objective() -> None:
 
 
 def test_an_empty_cluster_takes_the_farthest_unit() -> None:
-    from molora.rank_clusters import _fill_empty
+    from molora.adapters.rank_clusters import _fill_empty
 
     units = torch.tensor([[1.0, 0.0], [1.0, 0.1], [5.0, 5.0]], dtype=torch.float64)
     cluster, signs = torch.tensor([0, 0, 0]), torch.tensor([[1.0], [1.0], [-1.0]], dtype=torch.float64)

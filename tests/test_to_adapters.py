@@ -17,8 +17,8 @@ from tiny_models import base_model, train
 from torch import Tensor, nn
 
 from molora import MoloraConfig, average_adapters, from_adapters, merge_into_base, to_adapters
+from molora.adapters.lora_files import read_lora
 from molora.context import runtime_of
-from molora.lora_files import read_lora
 
 
 @pytest.fixture(scope="module")

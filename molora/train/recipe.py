@@ -227,7 +227,7 @@ def mixture_config(keys: dict[str, Any]) -> Any:
 def _imported(keys: dict[str, Any]) -> tuple[dict[str, str], Any, dict[str, Any]]:
     """(adapters by name, router, other keys of MoloraConfig) of a mixture made of adapters; of a preset only what the
     adapters leave open is used."""
-    from molora.from_adapters import check_options
+    from molora.adapters.from_adapters import check_options
     from molora.presets import preset_options
 
     keys = dict(keys)

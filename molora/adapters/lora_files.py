@@ -24,9 +24,17 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from molora.adapters.lora_config import (
+    CONFIG_FILE,
+    check_config,
+    one_line,
+    rank_and_scaling,
+    read_config,
+    refuse,
+    short,
+)
+from molora.adapters.lora_tensors import PICKLE_FILE, SAFETENSORS_FILE, LoraPair, check_pair, parse_key, read_tensors
 from molora.experts import scaling_factor
-from molora.lora_config import CONFIG_FILE, check_config, one_line, rank_and_scaling, read_config, refuse, short
-from molora.lora_tensors import PICKLE_FILE, SAFETENSORS_FILE, LoraPair, check_pair, parse_key, read_tensors
 
 
 @dataclass(frozen=True)

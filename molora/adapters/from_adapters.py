@@ -12,15 +12,15 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from molora.adapters.lora_files import LoraPair, read_lora
+from molora.adapters.lora_match import match_lora
+from molora.adapters.lora_tensors import is_finite
 from molora.checks import check_int
 from molora.config import MoloraConfig
 from molora.context import Runtime, runtime_of
 from molora.experts import lazy_zeros
 from molora.layers import MoloraLayer, linear_features
 from molora.linear import MixedLinear
-from molora.lora_files import LoraPair, read_lora
-from molora.lora_match import match_lora
-from molora.lora_tensors import is_finite
 from molora.prototypes import set_prototypes
 from molora.routers import Arrow, Phatgoose, RouterConfig, router_config
 from molora.suggest import unknown_key_message

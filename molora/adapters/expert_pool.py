@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molora.adapters.from_adapters import check_name, check_range, linears_of, pairs_of, replace_experts
+from molora.adapters.lora_files import LoraPair
 from molora.centroids import check_texts, example_vectors
 from molora.context import Runtime, adapter_of
-from molora.from_adapters import check_name, check_range, linears_of, pairs_of, replace_experts
 from molora.linear import MixedLinear
-from molora.lora_files import LoraPair
 from molora.prototypes import prototypes
 from molora.routers.fixed_vectors import FixedVectorRouter
 

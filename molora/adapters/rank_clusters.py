@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from molora.adapters.low_rank import checked_experts, product_norms, relative
 from molora.checks import check_int, check_number
-from molora.low_rank import checked_experts, product_norms, relative
 
 # Squared relative distance below which two units are one: rounding by the balance, far below any training difference.
 SAME_UNIT = 1e-24

@@ -12,13 +12,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from molora.adapters.from_adapters import pairs_of
+from molora.adapters.lora_config import CONFIG_FILE
+from molora.adapters.lora_files import LoraPair, write_lora
 from molora.checks import check_choice, check_number
 from molora.context import adapter_of, runtime_of
 from molora.ffn import MixedFFN
-from molora.from_adapters import pairs_of
 from molora.layers import MoloraLayer
-from molora.lora_config import CONFIG_FILE
-from molora.lora_files import LoraPair, write_lora
 
 PLAIN = "plain_lora"
 """Name of the directory for the ungated LoRA beside the mixture."""

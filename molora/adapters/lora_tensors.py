@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from molora.lora_config import CONFIG_FILE, one_line, refuse, short
+from molora.adapters.lora_config import CONFIG_FILE, one_line, refuse, short
 
 SAFETENSORS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"

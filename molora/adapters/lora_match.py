@@ -8,9 +8,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from molora.adapters.lora_config import refuse, short
+from molora.adapters.lora_files import LoraFile, LoraPair
 from molora.layers import linear_features
-from molora.lora_config import refuse, short
-from molora.lora_files import LoraFile, LoraPair
 from molora.suggest import nearest
 
 # What PEFT puts a LoRA on; it refuses to convert anything else that its names select.

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from molora.adapters.low_rank import checked_experts, product_norms, relative
 from molora.checks import check_int
-from molora.low_rank import checked_experts, product_norms, relative
 
 
 class JointBasis(NamedTuple):

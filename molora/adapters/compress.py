@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from molora.adapters.from_adapters import linears_of, replace_experts
+from molora.adapters.joint_compression import joint_basis
+from molora.adapters.lora_files import LoraPair, write_lora
+from molora.adapters.low_rank import product_norms
+from molora.adapters.rank_clusters import merge_ranks
+from molora.adapters.to_adapters import make_way
 from molora.checks import check_int
 from molora.context import Runtime, adapter_of
 from molora.experts import StackedWeight
-from molora.from_adapters import linears_of, replace_experts
-from molora.joint_compression import joint_basis
 from molora.linear import MixedLinear
-from molora.lora_files import LoraPair, write_lora
-from molora.low_rank import product_norms
-from molora.rank_clusters import merge_ranks
-from molora.to_adapters import make_way
 
 
 def compress_experts(model: Any, rank: int, adapter_name: str | None = None) -> dict[str, float]:
