@@ -29,8 +29,8 @@ def equal_lora(base: nn.Module, config: MoloraConfig, count: str = "trainable", 
     Args:
         base: the model that would be converted.
         config: of the mixture.
-        count: "trainable", all parameters of the mixture, or "active", those that work for one token: its routers, and
-            of its experts the chosen ones.
+        count: "trainable", all parameters of the mixture, frozen experts too, or "active", those that work for one
+            token: its routers, and of its experts the chosen ones.
         options: more keys of LoraConfig, other than r and target_modules; lora_alpha is 2r and the dropout the
             mixture's where they say nothing.
 

@@ -23,7 +23,8 @@ def check(family: str, cfg: MoloraConfig) -> None:
     assert flags == [p.requires_grad for p in base.parameters()] and torch.equal(base(**batch()).logits, logits)
     one = parameters(get_peft_model(base, lora))["trainable"]
     mixture = get_peft_model(base_model(family), cfg)
-    wanted = parameters(mixture)["trainable"]
+    counts = parameters(mixture)
+    wanted = counts["total"] - counts["base"]  # frozen experts count too
     assert wanted <= one < wanted + one / lora.r
     linears = {n for n, m in base_model(family).named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     assert set(lora.target_modules) <= linears
