@@ -1,6 +1,6 @@
 """Four LoRAs of one base, each of one task, as the experts of one model: what does each way of choosing cost and give?
 
-    python benchmarks/imported_experts.py [--base molora-tiny] [--dtype float32] [--steps 200] [--rows 100] [--keep]
+    python benchmarks/imported_experts.py [--base molora-tiny] [--dtype float32] [--systems arrow ...] [--keep]
 
 Trains a LoRA for each of four tasks of recipes/separable.yaml, imports them, and scores each system on the rows of each
 task as they are ("alone"), and behind a solved row of another task ("mixed"), where the prompt shows two tasks and asks
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,11 @@ from typing import Any
 
 HERE = Path(__file__).parent
 TASKS = ("clinc150", "agnews", "scan", "geography")
+SYSTEMS = (
+    *("average", "average of products", "ties", "arrow", "centroid", "centroid, one layer"),
+    *("retrieval, selection", "retrieval, mixture", "retrieval, fusion", "lora-tle", "lora-tle, every other"),
+    *("phatgoose", "meteora"),
+)
 TOKENS = {"geography": 80}  # written at most; longer queries count as wrong
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
@@ -174,6 +180,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="of the base; float32 on a CPU")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rows", type=int, default=200, help="rows of each task that are scored")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--out", type=Path, default=Path("runs/imported_experts"))
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
@@ -205,7 +212,9 @@ def main() -> None:
         each = {name: score(load_model(path)[0], name, only=name) for name, path in paths.items()}
         rows["oracle choice"] = {k: {n: each[n][k][n] for n in TASKS} for k in kinds} | {"prepared": 0.0}
         rows["base"] = score(load_base(options.base, dtype=options.dtype).eval(), "base") | {"prepared": 0.0}
-    for name, make in systems(options, paths, tokenizer).items():
+    ways = systems(options, paths, tokenizer)
+    for name in options.systems:
+        make = ways[name]
         if name not in rows:
             began = time.perf_counter()
             model = make(load_base(options.base, dtype=options.dtype).eval())
@@ -214,6 +223,8 @@ def main() -> None:
         write_json(done, rows)
         print(name, {k: [round(e["value"], 3) for e in rows[name][k].values()] for k in kinds}, flush=True)
     given = f"--base {options.base} --dtype {options.dtype} --steps {options.steps} --rows {options.rows} --keep"
+    if tuple(options.systems) != SYSTEMS:
+        given += " --systems " + " ".join(shlex.quote(name) for name in options.systems)
     found = {"command": f"python benchmarks/imported_experts.py {given}", "systems": rows}
     result = header(load_base(options.base), options.base, 0) | found
     if options.keep:
