@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from molora.assets import MOLORA_TINY
+
 SCHEMA = "molora.results/1"
 PACKAGES = ("molora", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "triton")
 
@@ -36,6 +38,7 @@ def wilson(correct: int, n: int) -> list[float]:
 def header(model: torch.nn.Module, name: str, seed: int) -> dict[str, Any]:
     """What every results file begins with: schema, command, environment, seed, model."""
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    base = MOLORA_TINY.name if base == str(MOLORA_TINY) else base  # not where it is installed
     described = {"name": name, "base": base, "parameters": parameters(model)}
     return {"schema": SCHEMA, "command": sys.argv, **environment(), "seed": seed, "model": described}
 
