@@ -119,6 +119,19 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
+def _load_mixture(model: str, base: str | None) -> tuple[Any, Any]:
+    """The mixture in a directory, and its tokenizer."""
+    import molora
+    from molora.eval import terminal
+    from molora.eval.models import load_model
+
+    with terminal.status("loading the model"):
+        loaded, tokenizer = load_model(model, base=base)
+    if not isinstance(getattr(loaded, "peft_config", {}).get("default"), molora.MoloraConfig):
+        raise ValueError(f"{model} is no mixture, so it has no experts; give the directory of a mixture")
+    return loaded, tokenizer
+
+
 @app.command(
     cls=ListOptions,
     epilog=examples(
@@ -163,15 +176,10 @@ def export(
     import molora
     from molora.adapters.to_adapters import PLAIN, average_adapters, merge_into_base
     from molora.eval import terminal
-    from molora.eval.models import load_model
 
     terminal.quiet()
     with interruptible(), terminal.warnings_as_lines():
-        with terminal.status("loading the model"):
-            loaded, tokenizer = load_model(model, base=base)
-        config = getattr(loaded, "peft_config", {}).get("default")
-        if not isinstance(config, molora.MoloraConfig):
-            raise ValueError(f"{model} is no mixture, so it has no experts; give the directory of a mixture")
+        loaded, tokenizer = _load_mixture(model, base)
         with writing(f"the export in {out}", "make room and run this again with --overwrite"):
             if to == "loras":
                 written = molora.to_adapters(loaded, out, overwrite=overwrite)
@@ -217,14 +225,10 @@ def compress(
     check_new(out, overwrite=overwrite)
     import molora
     from molora.eval import terminal
-    from molora.eval.models import load_model
 
     terminal.quiet()
     with interruptible(), terminal.warnings_as_lines():
-        with terminal.status("loading the model"):
-            loaded, tokenizer = load_model(model, base=base)
-        if not isinstance(getattr(loaded, "peft_config", {}).get("default"), molora.MoloraConfig):
-            raise ValueError(f"{model} is no mixture, so it has no experts; give the directory of a mixture")
+        loaded, tokenizer = _load_mixture(model, base)
         with terminal.status("compressing"), writing(f"the model in {out}", "make room and run this again"):
             if method == "basis":
                 errors = molora.compress_experts(loaded, rank)
