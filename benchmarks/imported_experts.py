@@ -1,20 +1,24 @@
 """Four LoRAs of one base, each of one task, as the experts of one model: what does each way of choosing cost and give?
 
-    python benchmarks/imported_experts.py [--base molora-tiny] [--dtype float32] [--systems arrow ...] [--keep]
+    python benchmarks/imported_experts.py [--base molora-tiny] [--dtype float32] [--keep]
+    python benchmarks/imported_experts.py --train clinc150      # this LoRA only; each may have its own process
+    python benchmarks/imported_experts.py --systems arrow ties  # so may systems, once the LoRAs are there
 
 Trains a LoRA for each of four tasks of recipes/separable.yaml, imports them, and scores each system on the rows of each
 task as they are ("alone"), and behind a solved row of another task ("mixed"), where the prompt shows two tasks and asks
 for the second. Systems: each LoRA on its own task (the oracle choice); their average and TIES merge, by PEFT; arrow,
 centroids, retrieval by prompt, LoRA-TLE with an embedder that reads the running text; gates trained for 100 steps, each
-on its task (PHATGOOSE), and by task labels (MeteoRA). Prepared: seconds that a system took beyond the LoRAs. What is
-done is kept under --out. Prints the table; --keep writes results/imported_experts.json beside itself.
+on its task (PHATGOOSE), and by task labels (MeteoRA). Prepared: seconds that a system took beyond the LoRAs and the
+loaded base. What is done is kept under --out. --keep writes results/imported_experts.json beside itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import random
+import re
 import shlex
 import time
 from collections.abc import Callable
@@ -25,6 +29,7 @@ from typing import Any
 HERE = Path(__file__).parent
 TASKS = ("clinc150", "agnews", "scan", "geography")
 SYSTEMS = (
+    *("oracle choice", "base"),
     *("average", "average of products", "ties", "arrow", "centroid", "centroid, one layer"),
     *("retrieval, selection", "retrieval, mixture", "retrieval, fusion", "lora-tle", "lora-tle, every other"),
     *("phatgoose", "meteora"),
@@ -48,11 +53,11 @@ def recipe_of(options: Any, tasks: tuple[str, ...], **sections: Any) -> Any:
 
 
 def train_loras(options: Any) -> dict[str, str]:
-    """A LoRA for each task; the directory of each."""
+    """A LoRA for each task, or for those of --train; the directory of each."""
     from molora.train.run import train
 
     paths = {}
-    for name in TASKS:
+    for name in options.train or TASKS:
         out = options.out / "loras" / name
         if not (out / "results.json").is_file():
             recipe = recipe_of(options, (name,), mixture=None, lora=LORA)
@@ -63,6 +68,7 @@ def train_loras(options: Any) -> dict[str, str]:
 
 def mixed(task: Any, others: list[Any], options: Any) -> Any:
     """The task's evaluation rows, each behind a solved training row of another task; no longer than they can be."""
+    from molora.eval.results import write_text
     from molora.eval.rows import load_rows
     from molora.eval.tasks import eval_task, fill
 
@@ -76,12 +82,11 @@ def mixed(task: Any, others: list[Any], options: Any) -> Any:
     solved = [text for text in solved if len(text) < 300]
     own = eval_task(task)
     path = options.out / "mixed" / f"{task.name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for row in load_rows(own).to_list():
         prompt = draw.choice(solved) + "\n\n" + fill(own.prompt, row)
         lines.append(json.dumps({"prompt": prompt, "answer": fill(own.answer, row)}))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
     plain = {"columns": None, "parse": None, "replace": None, "field": None, "split": "train"}
     evaluation = replace(task.eval, data=str(path), limit=None, split=None)
     return replace(task, data=str(path), prompt="{prompt}", answer="{answer}", eval=evaluation, **plain)
@@ -112,7 +117,7 @@ def text_embedder(base: str, out: Path) -> str:
     return str(out.resolve())
 
 
-def systems(options: Any, paths: dict[str, str], tokenizer: Any) -> dict[str, Callable[[Any], Any]]:
+def systems(options: Any, paths: dict[str, str], tokenizer: Any, embedder: str) -> dict[str, Callable[[Any], Any]]:
     """How each system is made of the base."""
     from peft import PeftModel
 
@@ -141,23 +146,20 @@ def systems(options: Any, paths: dict[str, str], tokenizer: Any) -> dict[str, Ca
 
     def trained(router: dict[str, Any]) -> Callable[[Any], Any]:
         def make(base: Any) -> Any:
-            del base
-            from molora.eval.models import load_model
-
             out = options.out / f"gates-{router['name']}"
             section = {"adapters": paths, "router": router}
             own = recipe_of(options, TASKS, mixture=section, lora=None)
             # Each step has rows of every task, so that every gate learns in each.
             steps = {"max_steps": 100, "learning_rate": 5e-3, "output_dir": str(out), "warmup_steps": 10}
             train(replace(own, training={**own.training, **steps}))
-            return load_model(str(out))[0]
+            return PeftModel.from_pretrained(base, str(out))
 
         return make
 
-    embedder = text_embedder(options.base, options.out / "embedder")
     reading = {"name": "centroid", "embedder": embedder}
     meteora = {"name": "top_k", "top_k": 2, "task_loss_coef": 50.0, "router_aux_loss_coef": 0.0, "init_std": None}
     return {
+        "base": lambda base: base,
         "average": averaged("linear"),
         "average of products": averaged("cat"),
         "ties": averaged("ties"),
@@ -180,53 +182,74 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="of the base; float32 on a CPU")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rows", type=int, default=200, help="rows of each task that are scored")
+    parser.add_argument("--batch-size", type=int, default=64, help="rows that are scored at once")
+    parser.add_argument("--train", nargs="+", choices=TASKS, help="trains these tasks' LoRAs, and scores nothing")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--out", type=Path, default=Path("runs/imported_experts"))
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
-    from molora.eval.models import load_base, load_model, load_tokenizer
+    from peft import PeftModel
+
+    from molora.eval.models import load_base, load_tokenizer
     from molora.eval.results import header, write_json
     from molora.eval.suite import Suite, run_suite
     from molora.eval.terminal import quiet
 
     quiet()
     paths = train_loras(options)
+    if options.train:
+        return
     tokenizer = load_tokenizer(options.base)
     recipe = recipe_of(options, TASKS)
-    behind = [mixed(t, [o for o in recipe.tasks if o is not t], options) for t in recipe.tasks]
+    with (options.out / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process makes what all read
+        behind = [mixed(t, [o for o in recipe.tasks if o is not t], options) for t in recipe.tasks]
+        embedder = text_embedder(options.base, options.out / "embedder")
     kinds = {"alone": recipe.tasks, "mixed": behind}
+    ways = systems(options, paths, tokenizer, embedder)
 
-    def score(model: Any, name: str, texts: bool = True, only: str | None = None) -> dict[str, Any]:
+    def fresh() -> Any:
+        return load_base(options.base, dtype=options.dtype).eval()
+
+    def score(model: Any, name: str, tasks: tuple[str, ...]) -> dict[str, Any]:
         found = {}
-        for kind, tasks in kinds.items():
-            # An embedder that reads the running text works in generate only, so not for scores of choices.
-            own = [t for t in tasks if (texts or t.name != "agnews") and only in (None, t.name)]
-            suite = Suite(tasks=own, max_length=recipe.sequence.max_length, batch_size=64)
+        for kind, every in kinds.items():
+            own = [task for task in every if task.name in tasks]
+            suite = Suite(tasks=own, max_length=recipe.sequence.max_length, batch_size=options.batch_size)
             result = run_suite(model, tokenizer, suite, name=name)
             found[kind] = {task: {k: e[k] for k in ("value", "interval", "n")} for task, e in result["tasks"].items()}
         return found
 
-    done = options.out / "scores.json"
-    rows: dict[str, Any] = json.loads(done.read_text()) if done.is_file() else {}
-    if "oracle choice" not in rows:
-        each = {name: score(load_model(path)[0], name, only=name) for name, path in paths.items()}
-        rows["oracle choice"] = {k: {n: each[n][k][n] for n in TASKS} for k in kinds} | {"prepared": 0.0}
-        rows["base"] = score(load_base(options.base, dtype=options.dtype).eval(), "base") | {"prepared": 0.0}
-    ways = systems(options, paths, tokenizer)
+    def scored(name: str) -> dict[str, Any]:
+        if name == "oracle choice":
+            loras = {task: PeftModel.from_pretrained(fresh(), path).eval() for task, path in paths.items()}
+            each = [score(model, task, (task,)) for task, model in loras.items()]
+            merged = {kind: {n: e for found in each for n, e in found[kind].items()} for kind in kinds}
+            return merged | {"prepared": 0.0}
+        base = fresh()
+        began = time.perf_counter()
+        model = ways[name](base)
+        seconds = time.perf_counter() - began
+        # An embedder that reads the running text works in generate only, so not for scores of choices.
+        tasks = tuple(t for t in TASKS if t != "agnews") if name.startswith("lora-tle") else TASKS
+        return score(model.eval(), name, tasks) | {"prepared": seconds}
+
+    rows: dict[str, Any] = {}
     for name in options.systems:
-        make = ways[name]
-        if name not in rows:
+        path = options.out / "scores" / f"{re.sub('[^a-z]+', '_', name)}.json"
+        if not path.is_file():
             began = time.perf_counter()
-            model = make(load_base(options.base, dtype=options.dtype).eval())
-            seconds = time.perf_counter() - began
-            rows[name] = score(model.eval(), name, texts=not name.startswith("lora-tle")) | {"prepared": seconds}
-        write_json(done, rows)
+            write_json(path, scored(name))
+            print(f"{name}: made and scored in {time.perf_counter() - began:.0f} s", flush=True)
+        rows[name] = json.loads(path.read_text(encoding="utf-8"))
         print(name, {k: [round(e["value"], 3) for e in rows[name][k].values()] for k in kinds}, flush=True)
-    given = f"--base {options.base} --dtype {options.dtype} --steps {options.steps} --rows {options.rows} --keep"
+    given = f"--base {options.base} --dtype {options.dtype} --steps {options.steps} --rows {options.rows}"
+    given += f" --batch-size {options.batch_size} --keep"
     if tuple(options.systems) != SYSTEMS:
         given += " --systems " + " ".join(shlex.quote(name) for name in options.systems)
-    found = {"command": f"python benchmarks/imported_experts.py {given}", "systems": rows}
-    result = header(load_base(options.base), options.base, 0) | found
+    result = header(fresh(), options.base, 0)
+    result["model"]["base"] = options.base  # not where it lies
+    result |= {"command": f"python benchmarks/imported_experts.py {given}", "systems": rows}
     if options.keep:
         write_json(HERE / "results" / "imported_experts.json", result)
 
