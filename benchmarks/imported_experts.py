@@ -20,6 +20,7 @@ import json
 import random
 import re
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -151,6 +152,7 @@ def systems(options: Any, paths: dict[str, str], tokenizer: Any, embedder: str) 
             own = recipe_of(options, TASKS, mixture=section, lora=None)
             # Each step has rows of every task, so that every gate learns in each.
             steps = {"max_steps": 100, "learning_rate": 5e-3, "output_dir": str(out), "warmup_steps": 10}
+            shutil.rmtree(out, ignore_errors=True)  # of a run that ended before its scores were written
             train(replace(own, training={**own.training, **steps}))
             return PeftModel.from_pretrained(base, str(out))
 
@@ -224,8 +226,7 @@ def main() -> None:
         if name == "oracle choice":
             loras = {task: PeftModel.from_pretrained(fresh(), path).eval() for task, path in paths.items()}
             each = [score(model, task, (task,)) for task, model in loras.items()]
-            merged = {kind: {n: e for found in each for n, e in found[kind].items()} for kind in kinds}
-            return merged | {"prepared": 0.0}
+            return {"prepared": 0.0} | {kind: {n: e for one in each for n, e in one[kind].items()} for kind in kinds}
         base = fresh()
         began = time.perf_counter()
         model = ways[name](base)

@@ -83,18 +83,21 @@ def quickstart_variants() -> str:
 
 
 def imported_experts() -> str:
-    """Each system: its score on the rows of each task, the means alone and behind another task, seconds to make it."""
+    """Each system: its score on the rows of each task, alone / behind another task, their means, seconds to make it."""
     systems = read("imported_experts")["systems"]
     tasks = list(systems["oracle choice"]["alone"])
+    written = [task for task in tasks if task != "agnews"]  # every system can score these
 
-    def average(entries: dict[str, Any]) -> str:
-        return f"{mean(e['value'] for e in entries.values()):.1%}" if len(entries) == len(tasks) else "-"
+    def cell(row: dict[str, Any], own: list[str], digits: int = 1) -> str:
+        if any(task not in row["alone"] for task in own):
+            return "-"
+        return " / ".join(f"{mean(row[kind][task]['value'] for task in own):.{digits}%}" for kind in ("alone", "mixed"))
 
     body = []
     for name, row in systems.items():
-        cells = [f"{row['alone'][task]['value']:.0%}" if task in row["alone"] else "-" for task in tasks]
-        body.append([name, *cells, average(row["alone"]), average(row["mixed"]), f"{row['prepared']:.1f}"])
-    return rows(["", *tasks, "mean", "mean, behind another task", "seconds to make"], *body)
+        means = [cell(row, tasks), cell(row, written)]
+        body.append([name, *(cell(row, [task], 0) for task in tasks), *means, f"{row['prepared']:.1f}"])
+    return rows(["alone / behind another task", *tasks, "mean", "mean without agnews", "seconds to make"], *body)
 
 
 def arrow_peer() -> str:
