@@ -272,7 +272,8 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
 
     def has_whole_experts(self, adapter: str, part: str) -> bool:
         """Whether the expert parameters can be read outside of this layer's forward: not offloaded nor partitioned."""
-        A = getattr(self, f"molora_A{part}")[adapter].weight
+        # Not by its name: ZeRO-3 gathers a parameter whose name is asked for, and lets go of it behind the next module.
+        A = next(getattr(self, f"molora_A{part}")[adapter].parameters())
         return not (A.is_meta or A.numel() == 0 or hasattr(A, "ds_id"))
 
     def drop(self, adapter: str, part: str, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
