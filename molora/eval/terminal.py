@@ -22,6 +22,7 @@ err = Console(stderr=True)
 
 def quiet() -> None:
     """One progress bar at a time: ours; and no word of other libraries about what the user cannot mend."""
+    import logging
     import os
     import warnings
 
@@ -38,6 +39,8 @@ def quiet() -> None:
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    # At every call of an 8-bit linear, that it computes in fp16 inside.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def warn(text: str) -> None:
