@@ -56,6 +56,17 @@ def num_weights(parameter: nn.Parameter) -> int:
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, shared ones once, and of the scales of quantised ones."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        tensors += [] if state is None else state.as_dict(packed=True).values()
+        scales = getattr(getattr(module, "state", None), "SCB", None)  # of an 8-bit linear that has run
+        tensors += [] if scales is None else [scales]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 def is_quantized(model: nn.Module) -> bool:
     """Whether linears of the model hold integers."""
     return any(
