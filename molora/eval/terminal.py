@@ -14,6 +14,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from transformers import TrainerCallback
 
+from molora.equal_lora import active_parameters
 from molora.eval.results import parameters
 
 out = Console()
@@ -133,6 +134,9 @@ def model_table(model: Any) -> Table:
         table.add_row("router", config.router.name)
     table.add_row("sites", str(num_sites(model)))
     table.add_row("trainable parameters", f"{counts['trainable']:,}")
+    if hasattr(config, "router"):
+        active = active_parameters(model)
+        table.add_row("of them active for a token", "varies" if active is None else f"{active:,}")
     table.add_row("base parameters", f"{counts['base']:,}")
     return table
 

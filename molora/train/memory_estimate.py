@@ -122,13 +122,19 @@ def _probe(
 
     shortest = max(8, min(PROBED.get(args.device.type, PROBED["cpu"]) // lines, length // 2))
     lengths = [shortest, 3 * shortest // 2, 2 * shortest]
-    step(lengths[-1])  # gradients, compiled kernels and workspaces are there from now on
     for parameter in trained.values():
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = torch.zeros_like(parameter)
+    before = _allocated(args.device)
+    step(lengths[-1])  # compiled kernels and workspaces are there from now on
+    held = _allocated(args.device) - before
     found = [stretch_peaks(lambda n=n: step(n), trained, args.device) for n in lengths]  # type: ignore[misc]
     if any(peaks.keys() != found[0].keys() for peaks in found):
         found = [{END: max(peaks.values())} for peaks in found]
-    return {name: round(at_length(lengths, [p[name] for p in found], length)) for name in found[0]}
+    return {name: held + round(at_length(lengths, [p[name] for p in found], length)) for name in found[0]}
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _items(lines: int, tokens: int, packed: bool) -> list[Any]:
