@@ -5,8 +5,8 @@
 Llamas with random weights in bf16, adapted by molora, of several widths, batches and lengths, with activation
 checkpointing and without. For each the estimate is made first, as the dry run makes it; then the same trainer setup
 trains three steps, and the most that torch's CUDA allocator held is compared. Rows have the full length but for one
-token of padding. Without a GPU (--tiny only) what was held is the sum of the allocations that torch.profiler saw. Prints
-JSON; --keep writes results/memory_estimate-<gpu>.json beside itself.
+token of padding. Without a GPU (--tiny only) what was held is the sum of the allocations that torch.profiler saw.
+Prints JSON; --keep writes results/memory_estimate-<gpu>.json beside itself.
 """
 
 from __future__ import annotations
@@ -149,7 +149,10 @@ def main() -> None:
             rows.append(row_of | {"estimated_bytes": estimate.total})
             off = abs(estimate.total / measured - 1)
             bars.append({"name": name, "value": off, "limit": WITHIN, "holds": off <= WITHIN})
-            print(f"{name}: {estimate.total / 2**20:,.0f} MiB estimated, {measured / 2**20:,.0f} measured", file=sys.stderr)
+            print(
+                f"{name}: {estimate.total / 2**20:,.0f} MiB estimated, {measured / 2**20:,.0f} measured",
+                file=sys.stderr,
+            )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     command = ["python", "benchmarks/memory_estimate.py", *sys.argv[1:]]
     result = {"command": command, "gpu": gpu, **environment(), "rows": rows, "bars": bars}

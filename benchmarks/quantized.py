@@ -31,8 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from molora import MoloraConfig
 from molora.bench.measure import measure
-from molora.bench.subjects import LINEARS, batch, device
-from molora.bench.subjects import LLAMA_8B, TINY, Shape
+from molora.bench.subjects import LINEARS, LLAMA_8B, TINY, Shape, batch, device
 from molora.eval.results import environment, parameters, write_json
 
 DTYPE = torch.bfloat16
@@ -162,7 +161,11 @@ def main() -> None:
         if found["peft"][key]
     ]
     bars += [
-        {"name": f"{name}: logits that differ after reload", "value": reload_differs(models[name], base, ids), "limit": 0}
+        {
+            "name": f"{name}: logits that differ after reload",
+            "value": reload_differs(models[name], base, ids),
+            "limit": 0,
+        }
         for ids in [inputs["input_ids"][:1, :256]]
         for name in options.mixtures
     ]

@@ -69,9 +69,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether linears of the model hold integers."""
-    return any(
-        isinstance(module, nn.Linear) and not module.weight.is_floating_point() for module in model.modules()
-    )
+    return any(isinstance(module, nn.Linear) and not module.weight.is_floating_point() for module in model.modules())
 
 
 def keep_gradients_on_cpu(model: nn.Module) -> None:

@@ -23,7 +23,10 @@ def train(
         bool, typer.Option("--resume", help="Continue the run in training.output_dir from its last whole checkpoint.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the recipe, show data, model, schedule, memory, a row of each task; train nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check the recipe, show data, model, schedule, memory, a row of each task; train nothing."
+        ),
     ] = False,
 ) -> None:
     """Train what a recipe describes; score its tasks before and after."""

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from molora.eval.models import load_base, trained_quantization
 from molora.eval.results import parameters
 from molora.layers import is_fresh, is_plain_linear
-from molora.quantization import QUANTIZATIONS, is_quantized, quantization_config
+from molora.quantization import is_quantized, quantization_config
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -28,8 +28,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "tsallis": {"router": {"name": "tsallis", "init_std": 0.5}},
     "rank_wise": {"router": {"name": "rank_wise", "active_ranks": 3}, "num_experts": 1, "r": 8},
 }
-CELLS = [(q, p, "top_k") for q in QUANTIZATIONS for p in ("linear", "block", "ffn")]
-CELLS += [("nf4", "linear", "tsallis"), ("nf4", "ffn", "tsallis"), ("nf4", "linear", "rank_wise")]
+CELLS = [(q, p, "top_k") for q in ("nf4", "int8") for p in ("linear", "block", "ffn")]
+CELLS += [("nf4_double", "linear", "top_k"), ("nf4", "ffn", "tsallis"), ("nf4", "linear", "rank_wise")]
 
 
 @pytest.fixture(scope="module")

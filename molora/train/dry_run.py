@@ -149,6 +149,8 @@ def _samples(recipe: Recipe, tokenizer: Any, rows: Any) -> list[Sample]:
 def _pieces(ids: list[int], tokenizer: Any) -> list[str]:
     """The text that each token adds after the one before it: alone, a token would lose the space in front of it."""
     return [
-        tokenizer.decode(ids[i - 1 : i + 1])[len(tokenizer.decode(ids[i - 1 : i])) :] if i else tokenizer.decode(ids[:1])
+        tokenizer.decode(ids[i - 1 : i + 1])[len(tokenizer.decode(ids[i - 1 : i])) :]
+        if i
+        else tokenizer.decode(ids[:1])
         for i in range(len(ids))
     ]

@@ -81,7 +81,11 @@ def estimate_memory(trainer: Trainer, lines: int, length: int, packed: bool = Fa
     states = share(states, 1)
     if stage == 3:
         return MemoryEstimate(
-            weights=weights // processes, optimizer_states=states, gradients=full // processes, activations=None, **found
+            weights=weights // processes,
+            optimizer_states=states,
+            gradients=full // processes,
+            activations=None,
+            **found,
         )
     if packed:
         lines, length = 1, lines * length
@@ -102,9 +106,7 @@ def estimate_memory(trainer: Trainer, lines: int, length: int, packed: bool = Fa
     )
 
 
-def _probe(
-    trainer: Trainer, trained: dict[str, nn.Parameter], lines: int, length: int, packed: bool
-) -> dict[str, int]:
+def _probe(trainer: Trainer, trained: dict[str, nn.Parameter], lines: int, length: int, packed: bool) -> dict[str, int]:
     """For each stretch of a step the peak above weights, states and gradients."""
     args = trainer.args
     model: Any = trainer.model

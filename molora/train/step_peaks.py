@@ -15,7 +15,9 @@ END = "end"
 """The stretch after the last gradient."""
 
 
-def stretch_peaks(step: Callable[[], Any], parameters: Mapping[str, nn.Parameter], device: torch.device) -> dict[str, int]:
+def stretch_peaks(
+    step: Callable[[], Any], parameters: Mapping[str, nn.Parameter], device: torch.device
+) -> dict[str, int]:
     """Runs a step of forward and backward once.
 
     Args:
