@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 QUANTIZATIONS = ("nf4", "nf4_double", "int8")
-"""NF4 in blocks of 64 (QLoRA, arXiv 2305.14314), the same with its scales in 8 bits, and LLM.int8 (arXiv 2208.07339)."""
+"""NF4 in blocks of 64 (QLoRA, arXiv 2305.14314), the same with its scales in 8 bits, LLM.int8 (arXiv 2208.07339)."""
 
 
 def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -25,7 +25,7 @@ def train(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Check the recipe, show data, model, schedule, memory, a row of each task; train nothing."
+            "--dry-run", help="Check the recipe; show data, schedule, memory, a row of each task; train nothing."
         ),
     ] = False,
 ) -> None:

@@ -148,9 +148,6 @@ def _samples(recipe: Recipe, tokenizer: Any, rows: Any) -> list[Sample]:
 
 def _pieces(ids: list[int], tokenizer: Any) -> list[str]:
     """The text that each token adds after the one before it: alone, a token would lose the space in front of it."""
-    return [
-        tokenizer.decode(ids[i - 1 : i + 1])[len(tokenizer.decode(ids[i - 1 : i])) :]
-        if i
-        else tokenizer.decode(ids[:1])
-        for i in range(len(ids))
-    ]
+    texts = [tokenizer.decode(ids[max(0, i - 1) : i + 1]) for i in range(len(ids))]
+    before = ["", *(tokenizer.decode([token]) for token in ids[:-1])]
+    return [text[len(known) :] for text, known in zip(texts, before, strict=True)]

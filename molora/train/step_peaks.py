@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at its most, stretch by stretch; on a GPU by its allocator, else by storages."""
+"""How much memory a training step holds at its most, stretch by stretch."""
 
 from __future__ import annotations
 
