@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ def dry_run(recipe: Recipe, prepared: tuple[Any, Any, Any, Any]) -> DryRun:
     """
     model, tokenizer, rows, _ = prepared
     args = training_arguments(recipe)
-    trainer = make_trainer(recipe, args, model, tokenizer, rows, [], warnings.warn)
+    with tempfile.TemporaryDirectory() as args.output_dir:  # a trainer makes it, and so would claim the run's own
+        trainer = make_trainer(recipe, args, model, tokenizer, rows, [], warnings.warn)
     first = [_rows_of(item) for item in islice(_items(rows), MEASURED)]
     packed = recipe.sequence.packing
     longest = recipe.sequence.max_length if packed else _longest(rows, first)
