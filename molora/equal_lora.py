@@ -14,7 +14,7 @@ from torch import nn
 
 from molora.checks import check_choice
 from molora.config import MoloraConfig
-from molora.layers import MixtureSpec, linear_features
+from molora.layers import MixtureSpec, MoloraLayer, linear_features
 from molora.plan import FFNPlan, LinearPlan, plan_conversion
 from molora.suggest import unknown_key_message
 
@@ -84,6 +84,24 @@ def equal_lora(base: nn.Module, config: MoloraConfig, count: str = "trainable", 
         "trainable_token_indices": config.trainable_token_indices,
     }
     return LoraConfig(**defaults | options, r=rank, target_modules=sorted(targets))
+
+
+def active_parameters(model: nn.Module, adapter: str = "default") -> int | None:
+    """Of a mixture's parameters those that work for one token: its routers, and of its experts the chosen ones; None
+    where their number varies from token to token, or there is no mixture."""
+    layers = [m for m in model.modules() if isinstance(m, MoloraLayer) and adapter in m.molora_specs]
+    found = Fraction(0)
+    for layer in layers:
+        containers = [layer.molora_U, layer.molora_router]
+        for part, spec in layer.molora_specs[adapter].items():
+            try:
+                share = _active_share(spec)
+            except ValueError:
+                return None
+            A, B = (getattr(layer, f"molora_{matrix}{part}")[adapter].weight.numel() for matrix in "AB")
+            found += share * B + (1 if spec.share_A else share) * A
+        found += sum(p.numel() for c in containers if adapter in c for p in c[adapter].parameters())
+    return round(found) if layers else None
 
 
 def _input_size(modules: dict[str, nn.Module], name: str, entry: LinearPlan | FFNPlan) -> int:

@@ -125,22 +125,26 @@ def looks_like_ffn(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def probe_ffn(module: nn.Module) -> FFNStructure:
+def probe_ffn(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> FFNStructure:
     """Finds the structure whose decomposition equals the module's own output on random inputs.
 
     The inputs span magnitudes, so that a clamp shows; dropout is on with the same random numbers on both sides, so that
     its place is checked too. A module without data (meta device) is probed as a copy with random weights.
 
+    Args:
+        module: it is run, and left as it was.
+        dtype: of the hidden states, where the module has no floating weights to tell (a quantised base).
+
     Raises:
         ValueError: it has the linears of an FFN but computes something else; says what was tried.
     """
     with _gathered(module):
-        return _probe(_with_data(module))
+        return _probe(_with_data(module), dtype)
 
 
-def _probe(module: nn.Module) -> FFNStructure:
+def _probe(module: nn.Module, dtype: torch.dtype) -> FFNStructure:
     candidates = list(_candidates(module))
-    x = _probe_input(module, candidates[0].parts[0][1])
+    x = _probe_input(module, candidates[0].parts[0][1], dtype)
     training = module.training
     adapters = [m for m in module.modules() if isinstance(m, BaseTunerLayer) and not m._disable_adapters]
     try:
@@ -179,13 +183,12 @@ def _known_activation(structure: FFNStructure, module: nn.Module) -> tuple[str |
     return name, name == "silu" and torch.equal(half, functional.silu(x.bfloat16()))
 
 
-def _probe_input(module: nn.Module, first_linear: str) -> Tensor:
-    """(1, 6, D) on the device and in the dtype of the module, two rows of each magnitude."""
+def _probe_input(module: nn.Module, first_linear: str, dtype: torch.dtype) -> Tensor:
+    """(1, 6, D) on the device and in the dtype of the module, or `dtype`; two rows of each magnitude."""
     features = linear_features(getattr(module, first_linear))
     assert features is not None
     weights = list(module.parameters())
-    # A quantised base has no floating weights and computes in bf16.
-    dtype = next((p.dtype for p in weights if p.is_floating_point()), torch.bfloat16)
+    dtype = next((p.dtype for p in weights if p.is_floating_point()), dtype)
     scales = torch.tensor([1.0, 16.0, 256.0] if dtype == torch.float16 else [1.0, 100.0, 1e4]).repeat(2)
     x = torch.randn(1, 6, features[0], generator=torch.Generator().manual_seed(0)) * scales[None, :, None]
     device = weights[0].device if not weights[0].is_meta else "cpu"

@@ -18,6 +18,7 @@ from molora.experts import make_experts, scaling_factor
 from molora.kernel_routing import kernel_routing
 from molora.kernels.reference import Projection
 from molora.preconditioning import preconditioned
+from molora.quantization import is_linear_4bit
 from molora.record import Site
 from molora.routers import RouterConfig, Routing, Tokens
 from molora.shared import SharedRouting
@@ -67,8 +68,8 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 def is_plain_linear(base: nn.Module) -> bool:
     """Whether a frozen linear is nothing but a matrix product: of its kind exactly, unhooked, not replaced.
 
-    Its output is then a fresh tensor, and so is the gradient of its input. Subclasses (quantised linears) may return
-    views, hooks may keep what they see.
+    Its output is then a fresh tensor, and so is the gradient of its input. Subclasses (8-bit linears) may return views,
+    hooks may keep what they see. A 4-bit linear counts as plain (`is_linear_4bit`).
     """
     hooked = (
         nn.modules.module._has_any_global_hook()
@@ -77,7 +78,8 @@ def is_plain_linear(base: nn.Module) -> bool:
         or base._backward_hooks
         or base._backward_pre_hooks
     )
-    return type(base) in (nn.Linear, Conv1D) and not hooked and "forward" not in vars(base)
+    known = type(base) in (nn.Linear, Conv1D) or is_linear_4bit(base)
+    return known and not hooked and "forward" not in vars(base)
 
 
 def is_fresh(out: Tensor, x: Tensor) -> bool:

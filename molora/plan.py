@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
@@ -280,7 +281,7 @@ def _plan_ffns(model: nn.Module, config: MoloraConfig, ffns: dict[str, nn.Module
             structure = module.structure
         else:
             try:
-                structure = probe_ffn(module)
+                structure = probe_ffn(module, getattr(model, "dtype", torch.bfloat16))
             except ValueError as error:
                 raise ValueError(
                     f"placement={config.placement!r} cannot convert {name} ({type(module).__name__}): {error}; leave "

@@ -9,6 +9,11 @@ import typer
 
 from molora_cli.common import app, examples, interruptible
 
+Quantization = Annotated[
+    str | None,
+    typer.Option(help="Of the base: nf4, nf4_double, int8 or none. Default: as in the recipe that trained MODEL."),
+]
+
 
 @app.command(
     epilog=examples(
@@ -25,6 +30,7 @@ def eval(  # noqa: A001  (the command's name)
     out: Annotated[Path | None, typer.Option(help="Results as JSON; predictions go beside it as .jsonl.")] = None,
     base: Annotated[str | None, typer.Option(help="Base to use instead of the one that the adapter names.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows per forward, instead of the suite's.")] = None,
+    quantization: Quantization = None,
 ) -> None:
     """Score a model: greedy generations by exact match, last number or ROUGE-L; choices by likelihood."""
     from dataclasses import replace
@@ -42,7 +48,7 @@ def eval(  # noqa: A001  (the command's name)
     import molora  # noqa: F401  (registers the PEFT method)
     from molora.eval import terminal
     from molora.eval.disk import check_directory, writing
-    from molora.eval.models import load_model
+    from molora.eval.models import load_model, trained_quantization
     from molora.eval.results import write_json
     from molora.eval.suite import run_suite
 
@@ -53,7 +59,8 @@ def eval(  # noqa: A001  (the command's name)
     terminal.quiet()
     with interruptible():
         with terminal.status("loading the model"):
-            loaded, tokenizer = load_model(model, base=base)
+            quantization = quantization or (None if base else trained_quantization(model))
+            loaded, tokenizer = load_model(model, base=base, quantization=quantization)
         with terminal.progress() as progress, writing(f"{out}", "make room and run this again"):
             results = run_suite(
                 loaded,
@@ -81,17 +88,19 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed for a temperature above 0.")] = 0,
     base: Annotated[str | None, typer.Option(help="Base to use instead of the one that the adapter names.")] = None,
+    quantization: Quantization = None,
 ) -> None:
     """Continue a prompt; the text streams to standard output."""
     import molora  # noqa: F401  (registers the PEFT method)
     from molora.eval import terminal
     from molora.eval.generate import stream
-    from molora.eval.models import load_model
+    from molora.eval.models import load_model, trained_quantization
 
     terminal.quiet()
     with interruptible():
         with terminal.status("loading the model"):
-            loaded, tokenizer = load_model(model, base=base)
+            quantization = quantization or (None if base else trained_quantization(model))
+            loaded, tokenizer = load_model(model, base=base, quantization=quantization)
         stream(
             loaded,
             tokenizer,

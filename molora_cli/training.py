@@ -23,7 +23,10 @@ def train(
         bool, typer.Option("--resume", help="Continue the run in training.output_dir from its last whole checkpoint.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the recipe, count the data, show the model; train nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check the recipe; show data, schedule, memory, a row of each task; train nothing."
+        ),
     ] = False,
 ) -> None:
     """Train what a recipe describes; score its tasks before and after."""
@@ -55,8 +58,14 @@ def train(
     was_complete = resume and stored_results(resolved) is not None
     with interruptible(advice):
         if dry_run:
-            model, _, _, reports = prepare(resolved)
-            return show(model, reports)
+            from molora.eval.dry_run_output import show_dry_run
+            from molora.train.dry_run import dry_run as describe
+
+            prepared = prepare(resolved)
+            show(prepared[0], prepared[3])
+            with terminal.status("measuring small steps"):
+                found = describe(resolved, prepared)
+            return show_dry_run(found)
         with terminal.progress() as progress:
             results = train(
                 resolved,

@@ -19,6 +19,7 @@ from molora.checks import check_choice, check_number
 from molora.context import adapter_of, runtime_of
 from molora.ffn import MixedFFN
 from molora.layers import MoloraLayer
+from molora.quantization import is_quantized
 
 PLAIN = "plain_lora"
 """Name of the directory for the ungated LoRA beside the mixture."""
@@ -231,7 +232,7 @@ def merge_into_base(model: nn.Module, adapter_name: str | None = None) -> nn.Mod
         The base model; `model` is used up.
 
     Raises:
-        ValueError: gates that differ from token to token.
+        ValueError: gates that differ from token to token, or a quantised base.
     """
     runtime = runtime_of(model)
     for site in runtime.sites:
@@ -244,6 +245,11 @@ def merge_into_base(model: nn.Module, adapter_name: str | None = None) -> nn.Mod
             )
     if not hasattr(model, "unload"):
         raise ValueError("merge_into_base takes a PeftModel; load the adapter with PeftModel.from_pretrained")
+    if is_quantized(model):
+        raise ValueError(
+            "the base is quantised, and merged weights would be rounded to its few bits again; load the adapter on the "
+            "base without quantisation and merge there"
+        )
     experts = expert_pairs(model, adapter_name)
     base: Any = model.unload()  # type: ignore[operator]
     for pairs in experts.values():

@@ -6,17 +6,21 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from molora.assets import MOLORA_TINY
+from molora.checks import check_choice
+from molora.eval.strict import read_yaml
+from molora.quantization import QUANTIZATIONS, keep_gradients_on_cpu, quantization_config
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -26,12 +30,12 @@ def load_base(model: str, *, dtype: str = "auto", quantization: str | None = Non
 
     Args:
         model: a hub id, a local directory, or ``molora-tiny``, which travels with the package.
-        dtype: one of ``DTYPES``; ``"auto"``: that of the checkpoint.
-        quantization: ``None``, ``"nf4"`` or ``"int8"`` (bitsandbytes).
+        dtype: one of ``DTYPES``; ``"auto"``: that of the checkpoint, or bfloat16 for a base that is quantised here.
+        quantization: ``None``, or one of :data:`molora.quantization.QUANTIZATIONS`.
 
     Raises:
         FileNotFoundError: ``model`` is neither a directory with a model nor a hub id that can be loaded.
-        ValueError: ``model`` is an adapter, whose weights would be left out without a word.
+        ValueError: ``model`` is an adapter, whose weights would be left out without a word; or it cannot be quantised.
     """
     named = adapter_base(model)
     if named is not None:
@@ -39,20 +43,29 @@ def load_base(model: str, *, dtype: str = "auto", quantization: str | None = Non
             f"{model!r} is an adapter, and a new one on it would leave it out; give its base, {named!r}, or merge the "
             "adapter into its base first"
         )
-    config = None
-    if quantization == "nf4":
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    elif quantization == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     path = resolve(model)
+    # Without the key, not with None: that would make transformers read a stored quantised base as if it were none.
+    options: dict[str, Any] = {}
+    if quantization is not None:
+        dtype = "bfloat16" if dtype == "auto" else dtype
+        options["quantization_config"] = quantization_config(quantization, getattr(torch, dtype))
+        with _named(model):
+            stored = AutoConfig.from_pretrained(path)
+        if getattr(stored, "quantization_config", None) is not None:
+            raise ValueError(
+                f"quantization={quantization!r}: {model!r} is stored quantised already and is loaded so; leave "
+                "quantization out"
+            )
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     with _named(model):
-        return AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            quantization_config=config,
-            device_map={"": device} if config is not None or device.type != "cpu" else None,
+            device_map={"": device} if options or device.type != "cpu" else None,
+            **options,
         )
+    keep_gradients_on_cpu(loaded)
+    return loaded
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -114,27 +127,44 @@ def adapter_base(model: str) -> str | None:
     return base
 
 
-def load_model(model: str, *, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def trained_quantization(model: str) -> str | None:
+    """The quantisation of the base that an adapter directory was trained on, as the recipe in it says; ``None`` for
+    none, and for a directory without a recipe: PEFT's own files do not hold it."""
+    path = Path(model).expanduser() / "recipe.yaml"
+    if not path.is_file():
+        return None
+    base = read_yaml(path).get("base")
+    found = base.get("quantization") if isinstance(base, dict) else None
+    return found if found in QUANTIZATIONS else None
+
+
+def load_model(
+    model: str, *, base: str | None = None, quantization: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads MODEL for inference, in eval mode.
 
     Args:
         model: an adapter directory, or a base model (hub id or directory).
         base: for an adapter, the base to use instead of the one it names.
+        quantization: of the base, one of :data:`molora.quantization.QUANTIZATIONS`; ``"none"`` or ``None``: as stored.
 
     Raises:
         FileNotFoundError: the model, or the base that an adapter names, is not there.
-        ValueError: ``base`` for a model that is no adapter.
+        ValueError: ``base`` for a model that is no adapter, or a quantisation that there is not.
     """
+    if quantization is not None:
+        check_choice("--quantization", quantization, ("none", *QUANTIZATIONS))
+    quantization = None if quantization == "none" else quantization
     named = adapter_base(model)
     if named is None:
         if base is not None:
             raise ValueError(f"--base is for adapter directories, and {model!r} has no adapter_config.json; remove it")
-        return load_base(model).eval(), load_tokenizer(model)
+        return load_base(model, quantization=quantization).eval(), load_tokenizer(model)
     from peft import PeftModel
 
     base = base or named
     try:
-        loaded = load_base(base)
+        loaded = load_base(base, quantization=quantization)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"the adapter {model!r} is for the base {base!r}, which is not here; give --base"

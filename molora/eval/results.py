@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from molora.assets import MOLORA_TINY
+from molora.quantization import num_weights
 
 SCHEMA = "molora.results/1"
 PACKAGES = ("molora", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "triton")
@@ -93,7 +94,7 @@ def peak_memory_bytes() -> int:
 def parameters(model: torch.nn.Module) -> dict[str, int]:
     """Counts ``trainable`` parameters (those of the adapter, but for frozen experts), those of the ``base``, and the
     ``total``."""
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(num_weights(p) for p in model.parameters())
     own = {n: p for n, p in model.named_parameters() if p.requires_grad or "molora_" in n or "lora_" in n}
     own = own if hasattr(model, "peft_config") else {}
     frozen = {

@@ -14,6 +14,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from transformers import TrainerCallback
 
+from molora.equal_lora import active_parameters
 from molora.eval.results import parameters
 
 out = Console()
@@ -22,6 +23,7 @@ err = Console(stderr=True)
 
 def quiet() -> None:
     """One progress bar at a time: ours; and no word of other libraries about what the user cannot mend."""
+    import logging
     import os
     import warnings
 
@@ -38,6 +40,8 @@ def quiet() -> None:
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    # At every call of an 8-bit linear, that it computes in fp16 inside.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def warn(text: str) -> None:
@@ -130,6 +134,9 @@ def model_table(model: Any) -> Table:
         table.add_row("router", config.router.name)
     table.add_row("sites", str(num_sites(model)))
     table.add_row("trainable parameters", f"{counts['trainable']:,}")
+    if hasattr(config, "router"):
+        active = active_parameters(model)
+        table.add_row("of them active for a token", "varies" if active is None else f"{active:,}")
     table.add_row("base parameters", f"{counts['base']:,}")
     return table
 

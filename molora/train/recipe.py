@@ -26,7 +26,7 @@ class BaseConfig:
     model: str
     """Hub id or local directory."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["nf4", "int8"] | None = None
+    quantization: Literal["nf4", "nf4_double", "int8"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -232,7 +232,7 @@ def train(
     args = training_arguments(recipe)
     if checkpoint is None and getattr(model.active_peft_config, "init_lora_weights", None) == "eva":
         initialize_from_data(model, rows, args.per_device_train_batch_size)
-    trainer = _trainer(recipe, args, model, tokenizer, rows, callbacks or [], warn)
+    trainer = make_trainer(recipe, args, model, tokenizer, rows, callbacks or [], warn)
     # Only now, so that a recipe whose data cannot be read does not claim the directory.
     with writing(str(recipe.output_dir), "make room and start again"):
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
@@ -279,7 +279,7 @@ def train(
     return results
 
 
-def _trainer(
+def make_trainer(
     recipe: Recipe,
     args: TrainingArguments,
     model: PeftModel,
