@@ -37,9 +37,9 @@ def train(
     from molora.train.output import last_checkpoint, stored_results
     from molora.train.run import prepare, train
 
-    def show(model: Any, reports: Any) -> None:
+    def show(model: Any, reports: Any, rows: Any) -> None:
         terminal.err.print(terminal.yaml_text(recipe_yaml(resolved)))
-        terminal.out.print(terminal.data_table(reports))
+        terminal.out.print(terminal.data_table(reports, getattr(rows, "report", None)))
         terminal.out.print(terminal.model_table(model))
 
     def advice() -> str:
@@ -55,8 +55,8 @@ def train(
     was_complete = resume and stored_results(resolved) is not None
     with interruptible(advice):
         if dry_run:
-            model, _, _, reports = prepare(resolved)
-            return show(model, reports)
+            model, _, rows, reports = prepare(resolved)
+            return show(model, reports, rows)
         with terminal.progress() as progress:
             results = train(
                 resolved,

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
 BATCHES_PER_POOL = 50
 """Rows are sorted by length within a random pool of this many batches; the batches of a pool come in random order."""
+
+
+def row_lengths(rows: Any) -> np.ndarray:
+    """(n,) the tokens of each row of a table with a column ``length``, or of each pack of rows."""
+    if hasattr(rows, "lengths"):
+        return rows.lengths
+    return rows.select_columns(["length"]).with_format("numpy")[:]["length"]
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -23,8 +32,8 @@ class LengthGroupedSampler(Sampler[int]):
         seed: of the order.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths = torch.tensor(lengths)
+    def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int) -> None:
+        self.lengths = torch.as_tensor(lengths)
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
