@@ -36,12 +36,9 @@ def check_packable(model: Any, max_length: int | None, router: Any = None) -> No
 
 
 def _router_reason(router: Any) -> str | None:
-    name = getattr(router, "name", None)
-    return (
-        "router 'retrieval' chooses by whole prompts, which a packed line has several of"
-        if name == "retrieval"
-        else None
-    )
+    if getattr(router, "name", None) != "retrieval":
+        return None
+    return "router 'retrieval' chooses by the prompt of a line, and a packed line has several"
 
 
 def _config_reason(model: Any) -> str | None:

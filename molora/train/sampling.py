@@ -28,7 +28,8 @@ class LengthGroupedSampler(Sampler[int]):
 
     Args:
         lengths: tokens of each row.
-        batch_size: rows per batch.
+        batch_size: rows of the batches that all processes read at the same time, so that none waits for a longer one;
+            processes take consecutive batches.
         seed: of the order.
     """
 
