@@ -178,8 +178,8 @@ def mixed_dataset(
         labels: the task label of each task.
 
     Returns:
-        Columns ``input_ids``, ``labels``, ``length``, ``task`` (its position) and ``task_label``, with numpy arrays as
-        values, and one report per task.
+        Columns ``input_ids``, ``labels``, ``length``, ``task`` (its position) and ``task_label``, and one report per
+        task.
     """
     import datasets
 
@@ -193,8 +193,8 @@ def mixed_dataset(
         for i, (rows, label) in enumerate(zip(encoded, labels, strict=True))
     )
     if mixing.strategy == "proportional" and len({task.weight for task in tasks}) == 1:
-        return datasets.concatenate_datasets(list(encoded)).with_format("numpy"), reports
+        return datasets.concatenate_datasets(list(encoded)), reports
     mixed = datasets.interleave_datasets(
         list(encoded), probabilities=shares, seed=mixing.seed, stopping_strategy="all_exhausted"
     )
-    return mixed.with_format("numpy"), reports
+    return mixed, reports
