@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -132,6 +133,7 @@ def main() -> None:
                     fill = getattr(getattr(rows, "report", None), "fill", None)
                     row = {"recipe": name, "layout": layout, "source": source, **found, "fill": fill, "ratio": ratio}
                     table.append(row | {"training": took[layout]})
+                    print(json.dumps(table[-1]), file=sys.stderr, flush=True)
                     where = f"{name}, {layout}, {source}: tokens read over tokens trained on"
                     bars.append({"name": where, "value": ratio, "limit": LIMIT, "holds": ratio >= LIMIT})
     result = header(trainer.model, "molora-tiny and babyllama-0.9M", 0) | {
