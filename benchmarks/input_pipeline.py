@@ -29,6 +29,7 @@ from molora.train.run import _trainer, prepare, training_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 5.0
+UNSCORED = ["evaluation.before=false", "evaluation.after=false"]
 TABLE = ["mixing.streaming=false", "mixing.buffer_size=null"]
 STREAM = ["mixing.streaming=true", "training.train_sampling_strategy=random"]
 # As many tokens in a packed batch as in a padded one, about.
@@ -124,7 +125,7 @@ def main() -> None:
                 for source in ("table", "stream"):
                     if source == "stream" and layout == "packed, one sequence":
                         continue
-                    overrides = [*changes[source], *changes.get(layout, []), f"training.output_dir={folder}"]
+                    overrides = [*changes[source], *changes.get(layout, []), f"training.output_dir={folder}", *UNSCORED]
                     trainer, rows = trainer_of(read_recipe(ROOT / "recipes" / f"{name}.yaml", overrides))
                     if source == "table":
                         took[layout] = training(trainer, options.steps)
