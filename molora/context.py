@@ -26,7 +26,16 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from molora.record import ForwardInputs, ForwardRecord, Site, count_choices, in_backward, router_gradients, token_mask
+from molora.record import (
+    ForwardInputs,
+    ForwardRecord,
+    Site,
+    count_choices,
+    in_backward,
+    packed_sequences,
+    router_gradients,
+    token_mask,
+)
 from molora.window import Window, on_optimizer_step, steps_parameters
 
 _MAX_RECORDS = 256  # forwards that wait for their backward
@@ -122,7 +131,11 @@ class Runtime:
         embeddings = {**self.standing, **self.inputs.embeddings}
         self.inputs = ForwardInputs(None if ids is None else ids.shape[0], embeddings=embeddings)
         if model.training:
-            self.inputs.token_mask = token_mask(self._argument("attention_mask", args, kwargs))
+            mask = self._argument("attention_mask", args, kwargs)
+            self.inputs.token_mask = token_mask(mask)
+            self.inputs.sequence = packed_sequences(
+                self._argument("position_ids", args, kwargs), mask, self.inputs.rows
+            )
             self.inputs.task_labels = self._checked_labels(task_labels)
         for routing in self.shared:
             routing.clear()

@@ -218,7 +218,8 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
                 "task_labels, (rows,) or (rows, length), with each batch (a Trainer drops columns that it does not "
                 "know unless remove_unused_columns=False)"
             )
-        tokens = Tokens(rows, mask, labels, inputs.embeddings.get(site.name), logits)
+        sequence = None if inputs.sequence is None else inputs.sequence.to(hidden.device)
+        tokens = Tokens(rows, mask, labels, inputs.embeddings.get(site.name), logits, sequence)
         routing: Routing = kernel_routing(router, tokens, self.training) or router(hidden, tokens, self.training)
         if routing.stats is not None:
             gates = attach(runtime, self.molora_sites[adapter], routing.gates, routing.stats)

@@ -45,12 +45,14 @@ class ForwardInputs:
         rows: sequences in the batch, where the model's input says so.
         token_mask: (T,) bool, or None: every token counts.
         task_labels: (B,) or (B, T) integers, the task of each row or token, or None.
+        sequence: (T,) int64, the number of each token's sequence where position ids say that lines hold several.
         embeddings: for a router that reads something else than its module's input, by the router's name: (N, D).
     """
 
     rows: int | None = None
     token_mask: Tensor | None = None
     task_labels: Tensor | None = None
+    sequence: Tensor | None = None
     embeddings: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -109,6 +111,24 @@ def token_mask(attention_mask: Any) -> Tensor | None:
         diagonal = attention_mask[:, 0].diagonal(keys - queries, -2, -1)
         return (diagonal if diagonal.dtype == torch.bool else diagonal == 0).flatten()
     return attention_mask.bool().flatten() if attention_mask.dim() == 2 else None
+
+
+def packed_sequences(position_ids: Any, attention_mask: Any, rows: int | None) -> Tensor | None:
+    """The number of each token's sequence, by the rule of transformers: without an attention mask, a position that does
+    not follow the one before it begins a sequence.
+
+    Args:
+        position_ids: (B, T), or (1, T) for all lines alike; anything else says nothing.
+        rows: B.
+
+    Returns:
+        (B*T,) int64, rising by ones from 0; None where nothing says that lines hold several sequences.
+    """
+    if attention_mask is not None or not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
+        return None
+    position_ids = position_ids.expand(rows or -1, -1)
+    follows = position_ids.diff(prepend=position_ids[:, :1]) == 1
+    return (~follows).flatten().cumsum(0) - 1
 
 
 def _alike(stats: Mapping[int, Tensor], sites: Sequence[Site]) -> list[tuple[list[int], Tensor]]:

@@ -40,9 +40,9 @@ def train(
     from molora.train.output import last_checkpoint, stored_results
     from molora.train.run import prepare, train
 
-    def show(model: Any, reports: Any) -> None:
+    def show(model: Any, reports: Any, rows: Any) -> None:
         terminal.err.print(terminal.yaml_text(recipe_yaml(resolved)))
-        terminal.out.print(terminal.data_table(reports))
+        terminal.out.print(terminal.data_table(reports, getattr(rows, "report", None)))
         terminal.out.print(terminal.model_table(model))
 
     def advice() -> str:
@@ -62,7 +62,7 @@ def train(
             from molora.train.dry_run import dry_run as describe
 
             prepared = prepare(resolved)
-            show(prepared[0], prepared[3])
+            show(prepared[0], prepared[3], prepared[2])
             with terminal.status("measuring small steps"):
                 found = describe(resolved, prepared)
             return show_dry_run(found)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.data_loader import prepare_data_loader
 from tiny_lm import CONTEXT, tiny_tokenizer, write_jsonl
+from torch.utils.data import DataLoader
 
 from molora.eval.encode import IGNORED, collate, encode_example, encode_row
 from molora.eval.rows import load_rows, stream_rows
@@ -338,3 +340,23 @@ def test_batches_grouped_by_length_have_each_row_once_and_depend_on_seed_and_epo
     spreads = [max(b) - min(b) for b in ([lengths[i] for i in first[k : k + 8]] for k in range(0, 1000, 8))]
     # A pool of 400 rows covers lengths 0 to 100, so a batch of 8 covers about 2; unsorted it would cover about 79.
     assert sum(spreads) / len(spreads) < 8
+
+
+def test_processes_read_rows_of_like_length_at_the_same_time() -> None:
+    """Each its own rows, all of them, anew in each epoch."""
+    lengths = [(7 * i) % 101 for i in range(800)]
+    loaders = []
+    for rank in range(2):
+        sampler = LengthGroupedSampler(lengths, 2 * 4, seed=3)
+        loader = DataLoader(list(range(800)), batch_size=4, sampler=sampler, collate_fn=list)
+        loaders.append(prepare_data_loader(loader, num_processes=2, process_index=rank, put_on_device=False))
+    epochs = []
+    for epoch in range(2):
+        for loader in loaders:
+            loader.set_epoch(epoch)
+        pairs = list(zip(*loaders, strict=True))
+        assert sorted(row for pair in pairs for batch in pair for row in batch) == list(range(800))
+        longest = [[max(lengths[row] for row in batch) for batch in pair] for pair in pairs]
+        assert sum(abs(a - b) for a, b in longest) / len(longest) < 4
+        epochs.append(pairs)
+    assert epochs[0] != epochs[1]

@@ -127,7 +127,6 @@ def test_a_lora_value_of_another_type_is_named(key: str, value: Any, message: st
         ("mixing__buffer_size", 8, "mixing: buffer_size is for streaming; remove it, or set mixing.streaming: true"),
         ("tasks__1__size", 10, "task 'chat': size=10 is for mixing.streaming; remove it, the rows are counted"),
         ("mixing__temperature", 2.0, "'proportional' with temperature=2.0"),
-        ("sequence__packing", True, "packing is not implemented"),
         ("sequence__max_length", 1, "at least 2"),
         ("training", {}, "lacks the key output_dir"),
         ("training__eval_strategy", "steps", "use the evaluation section"),

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -23,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from molora.eval.encode import collate
 from molora.eval.tasks import TaskConfig
+from molora.train import streaming
 from molora.train.mixing import encode_task
 from molora.train.recipe import MixingConfig, SequenceConfig, read_recipe
 from molora.train.run import training_arguments
@@ -50,6 +53,21 @@ def stream(
 
 def numbers(path: Path, count: int, answer: str = "x") -> str:
     return write_jsonl(path, [{"q": str(i), "a": answer} for i in range(count)])
+
+
+def test_tasks_are_encoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """datasets fetches from all tasks at once, in threads; a chat template does not bear that."""
+    inside, original = threading.Lock(), streaming.encode_row
+
+    def encode(*args: Any) -> Any:
+        assert inside.acquire(blocking=False), "two rows are encoded at once"
+        time.sleep(0.002)
+        inside.release()
+        return original(*args)
+
+    monkeypatch.setattr(streaming, "encode_row", encode)
+    mixed, _ = stream([task(numbers(tmp_path / f"{name}.jsonl", 40), name=name) for name in "ab"])
+    assert len(list(islice(mixed, 60))) == 60
 
 
 def test_a_pass_has_every_row_and_the_next_pass_another_order(tmp_path: Path) -> None:

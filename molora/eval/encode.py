@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -154,12 +155,14 @@ def _continuation(prompt: str, prompt_ids: list[int], answer: str, tokenizer: Pr
     return ids if ids and ids[-1] == eos else [*ids, eos]
 
 
-def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> torch.Tensor:
+def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int, *, left: bool = False) -> torch.Tensor:
     """Pads to the longest row: (rows, longest) int64 on the CPU."""
     longest = max(map(len, rows))
-    return torch.tensor(
-        [[value] * (longest - len(r)) + [*r] if left else [*r] + [value] * (longest - len(r)) for r in rows]
-    )
+    padded = np.full((len(rows), longest), value)
+    for line, row in zip(padded, rows, strict=True):
+        start = longest - len(row) if left else 0
+        line[start : start + len(row)] = row
+    return torch.from_numpy(padded)
 
 
 def collate(rows: Sequence[dict[str, Any]], *, with_task_labels: bool = False) -> dict[str, torch.Tensor]:
@@ -173,9 +176,9 @@ def collate(rows: Sequence[dict[str, Any]], *, with_task_labels: bool = False) -
     """
     batch = {
         "input_ids": pad([row["input_ids"] for row in rows], 0),
-        "attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0),
+        "attention_mask": pad([np.ones(len(row["input_ids"]), np.int64) for row in rows], 0),
         "labels": pad([row["labels"] for row in rows], IGNORED),
     }
     if "task" in rows[0]:
-        batch["task"] = torch.tensor([row["task"] for row in rows])
-    return batch | ({"task_labels": torch.tensor([row["task_label"] for row in rows])} if with_task_labels else {})
+        batch["task"] = torch.tensor([int(row["task"]) for row in rows])
+    return batch | ({"task_labels": torch.tensor([int(row["task_label"]) for row in rows])} if with_task_labels else {})

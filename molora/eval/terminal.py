@@ -188,17 +188,22 @@ _AXES = (
 )
 
 
-def data_table(reports: list[Any]) -> Table:
-    """What became of every task's rows (:class:`molora.train.mixing.TaskReport`)."""
+def data_table(reports: list[Any], packing: Any = None) -> Table:
+    """What became of every task's rows (:class:`molora.train.mixing.TaskReport`), and of all rows where they are packed
+    (:class:`molora.train.packing.PackingReport`)."""
     names = ["task", "rows", "used", "too long", "no label", "unknown", "tokens", "labels", "share"]
     table = plain_table("training data", names)
     for r in reports:
         counts = (r.rows, r.used, r.too_long, r.no_label, r.unknown_tokens)
         cells = [*("-" if count is None else str(count) for count in counts), _short(r.tokens), _short(r.label_tokens)]
         table.add_row(r.name, *cells, f"{r.probability:.1%}")
-    if any(r.used is None for r in reports):
-        table.caption = "-: streamed, so not counted before training"
-        table.caption_justify = "left"
+    notes = ["-: streamed, so not counted before training"] if any(r.used is None for r in reports) else []
+    if packing is not None and packing.sequences is not None:
+        room = f"{packing.sequences} sequences of at most {packing.max_length} tokens"
+        notes.append(f"packed into {room}, {packing.fill:.1%} filled")
+    elif packing is not None:
+        notes.append(f"packed into sequences of at most {packing.max_length} tokens")
+    table.caption, table.caption_justify = "\n".join(notes) or None, "left"
     return table
 
 

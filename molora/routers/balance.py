@@ -56,17 +56,15 @@ class BalancedRouterConfig(RouterConfig):
     def own_statistics(self, load: Tensor, probs: Tensor, tokens: Tokens, *extra: Tensor) -> Tensor:
         """What the losses are made of: means of `extra` (each (T, 1)), then of load and probs (T, E), flat.
 
-        For balance_over "sample" load and probs are (rows, E) each.
+        For balance_over "sample" load and probs are (sequences, E) each.
         """
         mask = None if self.count_padding else tokens.mask
         parts = [masked_mean(torch.cat(extra, 1), mask)] if extra else []
         both = torch.cat([load if self.soft_load else load.detach(), probs], 1)
         if self.balance_over == "sample":
-            rows = both.unflatten(0, (tokens.rows, -1))
-            weight = torch.ones_like(rows[..., :1])
-            if mask is not None:
-                weight = mask.view(tokens.rows, -1, 1).to(both.dtype)
-            parts.append(((rows * weight).sum(1) / weight.sum(1).clamp(min=1)).flatten())
+            weight = torch.ones_like(both[:, :1]) if mask is None else mask.unsqueeze(1).to(both.dtype)
+            counts = tokens.sum_by_sequence(weight).clamp(min=1)
+            parts.append((tokens.sum_by_sequence(both * weight) / counts).flatten())
         else:
             parts.append(masked_mean(both, mask))
         return torch.cat(parts)

@@ -19,11 +19,13 @@ class Tokens(NamedTuple):
     """What is known of the T tokens of a forward beside their hidden states.
 
     Attributes:
-        rows: sequences; T = rows * length, row by row.
+        rows: lines of the batch; T = rows * length, line by line.
         mask: (T,) bool, True where a token counts; None means all count.
         task_labels: (T,) int64, the task of each token, negative where it has none; None without labels.
         embedding: (N, D') what a router reads instead of its own input, N dividing T; None: its own input.
         logits: (T, G) fp32, the product of the router's input with its weight, where it was computed already.
+        sequence: (T,) int64, rising, the number of the sequence of each token where several are packed into one line;
+            None: each line is one sequence.
     """
 
     rows: int = 1
@@ -31,6 +33,20 @@ class Tokens(NamedTuple):
     task_labels: Tensor | None = None
     embedding: Tensor | None = None
     logits: Tensor | None = None
+    sequence: Tensor | None = None
+
+    def sequences(self, values: Tensor) -> Tensor:
+        """(T,) int64, the number of the sequence of each token of `values` (T, ...), packed or not."""
+        if self.sequence is not None:
+            return self.sequence
+        return torch.arange(self.rows, device=values.device).repeat_interleave(len(values) // self.rows)
+
+    def sum_by_sequence(self, values: Tensor) -> Tensor:
+        """The sum over the tokens of each sequence: (T, n) to (sequences, n); packed, it waits for the device once."""
+        if self.sequence is None:
+            return values.unflatten(0, (self.rows, -1)).sum(1)
+        sums = values.new_zeros(int(self.sequence[-1]) + 1, values.shape[1])
+        return sums.index_add(0, self.sequence, values)
 
 
 class Routing(NamedTuple):

@@ -123,11 +123,13 @@ class SoftmaxRouter(Router):
     def _localized_balance(self, probs: Tensor, tokens: Tokens) -> Tensor:
         config = self.config
         assert tokens.task_labels is not None
-        rows = probs.unflatten(0, (tokens.rows, -1))
+        counted = probs
         if tokens.mask is not None and not config.count_padding:
-            rows = rows * tokens.mask.view(tokens.rows, -1, 1).to(rows.dtype)
-        total = rows.sum(1)
-        task_type = tokens.task_labels.view(tokens.rows, -1).amax(1, keepdim=True)
+            counted = probs * tokens.mask.unsqueeze(1).to(probs.dtype)
+        total = tokens.sum_by_sequence(counted)
+        task_type = tokens.task_labels.new_full((total.shape[0],), -1)
+        sequences = tokens.sequences(probs)
+        task_type = task_type.scatter_reduce(0, sequences, tokens.task_labels, "amax").unsqueeze(1)
         first_half = torch.arange(self.num_gates, device=probs.device) < self.num_gates // 2
         sign = 2 * (first_half == (task_type == 1)).to(total.dtype) - 1
         total = total * (1 + config.localized_balance_delta * sign * (task_type >= 0))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from molora.checks import check_bool, check_choice, check_fraction, check_int, check_number
 from molora.routers.balance import BalancedRouterConfig
-from molora.routers.base import Router, RouterLosses, Routing, SiteStats, Tokens
+from molora.routers.base import Router, RouterLosses, Routing, SiteStats, Tokens, widest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,12 +159,14 @@ class TopKRouter(Router):
         queue = chosen
         if tokens.mask is not None and not self.config.count_padding:
             queue = chosen * tokens.mask.unsqueeze(1).to(chosen.dtype)
-        rows = queue.unflatten(0, (tokens.rows, -1))
-        capacity = self.config.expert_capacity
+        sequences, sums = tokens.sequences(queue), tokens.sum_by_sequence(queue)
+        place = queue.cumsum(0) - (sums.cumsum(0) - sums)[sequences]
+        capacity: Any = self.config.expert_capacity
         if capacity is None:
             assert self.config.capacity_factor is not None
-            capacity = math.ceil(self.config.capacity_factor * self.config.top_k * rows.shape[1] / rows.shape[2])
-        return chosen * (rows.cumsum(1) <= capacity).flatten(0, 1)
+            lengths = tokens.sum_by_sequence(torch.ones_like(queue[:, :1])).to(widest(queue))
+            capacity = (self.config.capacity_factor * self.config.top_k * lengths / queue.shape[1]).ceil()[sequences]
+        return chosen * (place <= capacity)
 
 
 def task_loss(logits: Tensor, tokens: Tokens, shift: bool) -> Tensor:
@@ -175,8 +176,9 @@ def task_loss(logits: Tensor, tokens: Tokens, shift: bool) -> Tensor:
     if tokens.mask is not None:
         labels = labels.masked_fill(~tokens.mask, -100)
     if shift:
-        rows = labels.view(tokens.rows, -1)
-        labels = torch.cat([rows[:, 1:], torch.full_like(rows[:, :1], -100)], 1).flatten()
+        sequences = tokens.sequences(labels)
+        is_last = sequences.diff(append=sequences[-1:] + 1) > 0
+        labels = labels.roll(-1).masked_fill(is_last, -100)
         if tokens.mask is not None:
             labels = labels.masked_fill(~tokens.mask, -100)  # padding on the left, before the first token
     has_task = labels >= 0

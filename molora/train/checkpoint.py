@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from molora.eval.disk import writing
 from molora.train.optimizer import loraplus_optimizer
-from molora.train.sampling import LengthGroupedSampler
+from molora.train.sampling import LengthGroupedSampler, row_lengths
 from molora.train.task_loss import TaskLosses
 
 PARTIAL = ".partial"
@@ -80,7 +80,7 @@ class AtomicTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedSampler([len(ids) for ids in rows["input_ids"]], self.args.train_batch_size, seed)
+        return LengthGroupedSampler(row_lengths(rows), self.args.train_batch_size * self.args.world_size, seed)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(super()._get_output_dir(trial))

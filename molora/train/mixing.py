@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,14 @@ from molora.eval.encode import IGNORED, encode_row
 from molora.eval.rows import load_rows
 from molora.eval.tasks import TaskConfig
 from molora.train.recipe import MixingConfig, SequenceConfig
+from molora.train.token_cache import cache_key, cached
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+ROWS_PER_PROCESS = 10_000
+"""Fewer are tokenized before another process would have started."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,60 +45,96 @@ class TaskReport:
 def encode_task(
     task: TaskConfig, tokenizer: PreTrainedTokenizerBase, sequence: SequenceConfig, limit: int | None
 ) -> tuple[Dataset, TaskReport]:
-    """Loads and tokenizes the training rows of one task.
+    """Loads and tokenizes the training rows of one task, or finds them tokenized.
 
     Args:
         task: the task.
         tokenizer: the base model's.
-        sequence: what to do with rows above ``limit``.
+        sequence: what to do with rows above ``limit``, and whether tokens are kept for the next run.
         limit: tokens; ``None``: no limit.
 
     Returns:
-        Columns ``input_ids`` and ``labels``, and the counts.
+        Columns ``input_ids``, ``labels`` (lists of int32) and ``length``, and the counts.
 
     Raises:
         ValueError: no row is left, or a row is too long under ``too_long: error``.
     """
+
+    def make() -> tuple[Dataset, dict[str, Any]]:
+        return _encode_rows(task, tokenizer, sequence.too_long, limit)
+
+    if sequence.cache:
+        key = cache_key(task, tokenizer, {"too_long": sequence.too_long, "limit": limit})
+        rows, counts = cached(key, make)
+    else:
+        rows, counts = make()
+    return rows, TaskReport(name=task.name, **counts)
+
+
+def _encode_rows(
+    task: TaskConfig, tokenizer: PreTrainedTokenizerBase, too_long: str, limit: int | None
+) -> tuple[Dataset, dict[str, Any]]:
+    """The rows of `encode_task`, and the counts of their `TaskReport`."""
+    from datasets import Features, List, Value
+
     rows = load_rows(task)
-    # No cache: datasets finds a cached result by the function's name, so another version's tokens could come back.
+    number, numbers = Value("int32"), List(Value("int32"))
+    counted = dict.fromkeys(("length", "whole_length", "label_tokens", "num_unknown"), number)
+    # datasets' own cache is off: it knows a function by its name, so another version's tokens could come back.
     encoded = rows.map(
-        encode_row,
-        fn_kwargs={"task": task, "tokenizer": tokenizer},
+        _encode,
+        fn_kwargs={"task": task, "tokenizer": tokenizer, "limit": limit if too_long == "truncate" else None},
         remove_columns=rows.column_names,
+        features=Features({"input_ids": numbers, "labels": numbers, **counted}),
         load_from_cache_file=False,
+        num_proc=_processes(len(rows)),
         desc=task.name,
     )
-    lengths = [len(ids) for ids in encoded["input_ids"]]
-    too_long = sum(limit is not None and length > limit for length in lengths)
-    if too_long and sequence.too_long == "error":
+    counts = encoded.select_columns(list(counted)).with_format("numpy")[:]
+    lengths = counts["whole_length"]
+    exceed = lengths > (max(lengths) if limit is None else limit)
+    if exceed.any() and too_long == "error":
         raise ValueError(
-            f"task {task.name!r}: {too_long} of {len(rows)} rows exceed {limit} tokens, the longest has "
+            f"task {task.name!r}: {exceed.sum()} of {len(rows)} rows exceed {limit} tokens, the longest has "
             f"{max(lengths)}; raise sequence.max_length, or set sequence.too_long to report or truncate"
         )
-    if too_long and sequence.too_long == "truncate":
-        encoded = encoded.map(truncate, fn_kwargs={"limit": limit}, load_from_cache_file=False)
-    elif too_long:
-        encoded = encoded.select([index for index, length in enumerate(lengths) if length <= (limit or length)])
-    label_tokens = [sum(label != IGNORED for label in labels) for labels in encoded["labels"]]
-    kept = [index for index, count in enumerate(label_tokens) if count > 0]
-    if len(kept) < len(encoded):
-        encoded = encoded.select(kept)
-    report = TaskReport(
-        name=task.name,
-        rows=len(rows),
-        used=len(kept),
-        too_long=too_long,
-        no_label=len(label_tokens) - len(kept),
-        tokens=sum(map(len, encoded["input_ids"])),
-        label_tokens=sum(label_tokens),
-        unknown_tokens=sum(encoded["num_unknown"]),
-    )
-    if not kept:
+    fits = ~exceed | (too_long == "truncate")
+    used = fits & (counts["label_tokens"] > 0)
+    found = {
+        "rows": len(rows),
+        "used": int(used.sum()),
+        "too_long": int(exceed.sum()),
+        "no_label": int(fits.sum() - used.sum()),
+        "tokens": int(counts["length"][used].sum()),
+        "label_tokens": int(counts["label_tokens"][used].sum()),
+        "unknown_tokens": int(counts["num_unknown"][used].sum()),
+    }
+    if not used.any():
         raise ValueError(
-            f"task {task.name!r} is empty: of {len(rows)} rows, {too_long} exceed {limit} tokens and {report.no_label} "
-            "have no token with loss; raise sequence.max_length or check the answers"
+            f"task {task.name!r} is empty: of {len(rows)} rows, {found['too_long']} exceed {limit} tokens and "
+            f"{found['no_label']} have no token with loss; raise sequence.max_length or check the answers"
         )
-    return encoded.remove_columns("num_unknown"), report
+    return encoded.select(used.nonzero()[0]).select_columns(["input_ids", "labels", "length"]), found
+
+
+def _encode(
+    row: dict[str, Any], task: TaskConfig, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> dict[str, Any]:
+    encoded = encode_row(row, task, tokenizer)
+    cut = truncate(encoded, limit)
+    return cut | {
+        "length": len(cut["input_ids"]),
+        "whole_length": len(encoded["input_ids"]),
+        "label_tokens": sum(label != IGNORED for label in cut["labels"]),
+        "num_unknown": encoded["num_unknown"],
+    }
+
+
+def _processes(rows: int) -> int | None:
+    """How many tokenize: one for every `ROWS_PER_PROCESS` rows, at most one per core; ``None``: this one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = min(cores, rows // ROWS_PER_PROCESS)
+    return processes if processes > 1 else None
 
 
 def truncate(row: dict[str, Any], limit: int | None) -> dict[str, Any]:
@@ -137,7 +178,8 @@ def mixed_dataset(
         labels: the task label of each task.
 
     Returns:
-        Columns ``input_ids``, ``labels``, ``task`` (its position) and ``task_label``, and one report per task.
+        Columns ``input_ids``, ``labels``, ``length``, ``task`` (its position) and ``task_label``, and one report per
+        task.
     """
     import datasets
 

@@ -15,6 +15,9 @@ from molora.train.recipe import Recipe, recipe_yaml
 
 RECIPE_FILE, RESULTS_FILE, BEFORE_FILE, CURVE_FILE = "recipe.yaml", "results.json", "before.json", "loss_curve.json"
 
+NOT_THE_RUN = {"sequence.cache"}
+"""Keys of a recipe that a resumed run may change."""
+
 
 def find_checkpoint(recipe: Recipe, *, resume: bool) -> str | None:
     """Checks that ``output_dir`` is free or, with ``resume``, holds a run of the same recipe.
@@ -41,7 +44,8 @@ def find_checkpoint(recipe: Recipe, *, resume: bool) -> str | None:
         )
     if saved.is_file():
         began, now = _flat(parse_yaml(saved.read_text(encoding="utf-8"))), _flat(parse_yaml(recipe_yaml(recipe)))
-        changed = sorted(key for key in began.keys() | now.keys() if began.get(key) != now.get(key))
+        keys = (began.keys() | now.keys()) - NOT_THE_RUN
+        changed = sorted(key for key in keys if began.get(key) != now.get(key))
         if changed:
             shown = ", ".join(f"{key}: {began.get(key)!r} -> {now.get(key)!r}" for key in changed[:5])
             raise ValueError(

@@ -14,7 +14,7 @@ from molora.eval.suite import Suite
 from molora.eval.tasks import TaskConfig
 from molora.suggest import unknown_key_message
 from molora.train.optimizer import OptimizerConfig
-from molora.train.settings import check_lora, check_streaming, check_training
+from molora.train.settings import check_lora, check_packing, check_streaming, check_training
 
 SCHEMA = "molora.recipe/1"
 
@@ -66,14 +66,13 @@ class SequenceConfig:
     max_length: int | None = None
     """Tokens; ``None``: the model's context."""
     packing: bool = False
+    """Rows are laid end to end, whole ones up to ``max_length`` tokens; a batch then holds no padding."""
+    cache: bool = True
+    """Tokens are kept in datasets' cache directory for the next run of the same data, task, tokenizer and limits."""
     too_long: Literal["report", "error", "truncate"] = "report"
     """``report``: leave out and count. ``truncate``: cut the end and count."""
 
     def __post_init__(self) -> None:
-        if self.packing:
-            raise ValueError(
-                "sequence: packing is not implemented; set packing: false, batches are padded to their longest row"
-            )
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"sequence: max_length={self.max_length} must be at least 2 tokens")
 
@@ -123,6 +122,8 @@ class Recipe:
         self._check_optimizer()
         if self.mixing.streaming:
             check_streaming(self.training)
+        if self.sequence.packing:
+            check_packing(self.training)
         for task in self.tasks:
             # A slice or a sum of splits needs all rows.
             if self.mixing.streaming and any(symbol in task.split for symbol in "[+"):

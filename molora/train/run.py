@@ -35,6 +35,8 @@ from molora.train.output import (
     mean_loss,
     stored_results,
 )
+from molora.train.packable import check_packable
+from molora.train.packing import PackedRows, PackedStream, collate_packed, packed
 from molora.train.recipe import Recipe, adapter_config, mixture_of_adapters, recipe_yaml
 from molora.train.routing_log import RoutingLog
 from molora.train.streaming import MixedStream, mixed_stream
@@ -52,7 +54,8 @@ def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, li
 
     Returns:
         The PEFT model, its tokenizer, the mixed training set (``datasets.Dataset`` or
-        :class:`molora.train.streaming.MixedStream`) and one report per task.
+        :class:`molora.train.streaming.MixedStream`, or what :mod:`molora.train.packing` makes of them) and one report
+        per task.
 
     Raises:
         ValueError: a setting, a task or its evaluation that cannot run.
@@ -68,6 +71,8 @@ def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, li
         check_suite(recipe.suite, tokenizer, limit)
     config = adapter_config(recipe)
     router = getattr(config, "router", None)
+    if recipe.sequence.packing:
+        check_packable(base, limit, router)
     if router is not None and router.has_centroids and router.reads_text:
         raise ValueError(
             f"mixture.router.embedder={router.embedder!r} reads text, which training does not have; train "
@@ -89,6 +94,9 @@ def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, li
         model = get_peft_model(base, config)
     if router is not None and router.has_centroids:
         model.set_centroids(example_texts(rows, recipe, tokenizer), tokenizer)
+    if recipe.sequence.packing:
+        assert limit is not None
+        rows = packed(rows, limit, recipe.mixing.seed)
     return model, tokenizer, rows, reports
 
 
@@ -145,6 +153,7 @@ def example_texts(rows: Any, recipe: Recipe, tokenizer: PreTrainedTokenizerBase)
 
 def initialize_from_data(model: PeftModel, rows: Any, batch_size: int) -> None:
     """EVA by batches of training rows, of a stream the first ones of each task; by PEFT's own call for one LoRA."""
+    rows = rows.rows if isinstance(rows, (PackedRows, PackedStream)) else rows
     rows = list(rows.first(EXAMPLES)) if isinstance(rows, MixedStream) else rows
 
     def batch(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -198,7 +207,7 @@ def train(
     recipe: Recipe,
     *,
     resume: bool = False,
-    show_reports: Callable[[PeftModel, list[TaskReport]], None] = lambda model, reports: None,
+    show_reports: Callable[[PeftModel, list[TaskReport], Any], None] = lambda model, reports, rows: None,
     callbacks: list[TrainerCallback] | None = None,
     score_progress: Callable[[str, int, int], None] = lambda task, rows, total: None,
     warn: Callable[[str], Any] = warnings.warn,
@@ -213,7 +222,7 @@ def train(
         resume: continue from the last whole checkpoint in ``output_dir``. On one process with the same number of
             threads the losses are those of the uninterrupted run, bit for bit. Where the last step was saved, only
             what came after it is done; a complete run is left as it is and its results are returned.
-        show_reports: told the model and the counts of every task before the first step.
+        show_reports: told the model, the counts of every task and the training set before the first step.
         callbacks: more Trainer callbacks.
         score_progress: told the task, the rows of each batch done, and the rows of the task, during evaluation.
         warn: told a sentence about a router that has collapsed.
@@ -228,7 +237,7 @@ def train(
         return done
     finished = finished_state(checkpoint)
     model, tokenizer, rows, reports = prepare(recipe)
-    show_reports(model, reports)
+    show_reports(model, reports, rows)
     args = training_arguments(recipe)
     if checkpoint is None and getattr(model.active_peft_config, "init_lora_weights", None) == "eva":
         initialize_from_data(model, rows, args.per_device_train_batch_size)
@@ -270,6 +279,7 @@ def train(
                 "steps": trainer.state.global_step,
                 "loss": mean_loss(trainer.state.log_history),
                 "data": [asdict(report) for report in reports],
+                "packing": asdict(rows.report) if isinstance(rows, (PackedRows, PackedStream)) else None,
                 "resumed_from": checkpoint,
             },
             "seconds": time.perf_counter() - began,
@@ -295,7 +305,7 @@ def make_trainer(
             model=model,
             args=args,
             train_dataset=rows,
-            data_collator=partial(collate, with_task_labels=labelled),
+            data_collator=partial(collate_packed if recipe.sequence.packing else collate, with_task_labels=labelled),
             processing_class=tokenizer,
             callbacks=[LogAtSaves(), *([RoutingLog(warn)] if recipe.mixture is not None else []), *callbacks],
         )

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
 BATCHES_PER_POOL = 50
 """Rows are sorted by length within a random pool of this many batches; the batches of a pool come in random order."""
+
+
+def row_lengths(rows: Any) -> np.ndarray:
+    """(n,) the tokens of each row of a table with a column ``length``, or of each pack of rows."""
+    if hasattr(rows, "lengths"):
+        return rows.lengths
+    return rows.select_columns(["length"]).with_format("numpy")[:]["length"]
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -19,12 +28,13 @@ class LengthGroupedSampler(Sampler[int]):
 
     Args:
         lengths: tokens of each row.
-        batch_size: rows per batch.
+        batch_size: rows of the batches that all processes read at the same time, so that none waits for a longer one;
+            processes take consecutive batches.
         seed: of the order.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths = torch.tensor(lengths)
+    def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int) -> None:
+        self.lengths = torch.as_tensor(lengths)
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0

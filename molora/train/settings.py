@@ -96,6 +96,20 @@ def check_streaming(training: dict[str, Any]) -> None:
         )
 
 
+def check_packing(training: dict[str, Any]) -> None:
+    """Refuses what would join packed batches, each of them one line of its own length.
+
+    Raises:
+        ValueError: one sentence that names the key.
+    """
+    accelerator = training.get("accelerator_config") or {}
+    if isinstance(accelerator, dict) and accelerator.get("dispatch_batches"):
+        raise ValueError(
+            "recipe.training.accelerator_config.dispatch_batches=true would join packed batches of different lengths; "
+            "remove it, with sequence.packing each process reads its own rows"
+        )
+
+
 def check_lora(keys: dict[str, Any]) -> None:
     """Checks keys and the types of plain values of peft.LoraConfig, which fails at some far later.
 

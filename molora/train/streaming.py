@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 BUFFER_SIZE = 1000
 """Rows of each task to draw the next from, where the recipe does not say."""
+_ONE_AT_A_TIME = threading.Lock()
+"""datasets reads the tasks of a stream in threads, and transformers renders a chat template in one thread only."""
 COLUMNS = ["input_ids", "labels", "task", "task_label"]
 
 
@@ -116,7 +119,8 @@ class EncodedStream:
         return source.map(self._encode).filter(self._is_used).select_columns(COLUMNS)
 
     def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
-        encoded = encode_row(row, self.task, self.tokenizer)
+        with _ONE_AT_A_TIME:
+            encoded = encode_row(row, self.task, self.tokenizer)
         length = len(encoded["input_ids"])
         if self.limit is not None and length > self.limit:
             if self.sequence.too_long == "error":

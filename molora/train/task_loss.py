@@ -10,6 +10,9 @@ from torch.nn import functional
 
 from molora.eval.encode import IGNORED
 
+CHUNK = 512
+"""Tokens whose logits are copied at a time."""
+
 
 class TaskLosses:
     """Sums of token losses by task, on the device until they are asked for.
@@ -29,14 +32,18 @@ class TaskLosses:
         Args:
             logits: (B, S, V) of the model.
             labels: (B, S), unshifted, -100 where no loss is taken.
-            tasks: (B,) int64.
+            tasks: (B,) or, of packed rows, (B, S) int64.
         """
         sums = torch.zeros(2, len(self.names), dtype=torch.float64, device=logits.device)
-        for row, targets, task in zip(logits, labels[:, 1:], tasks, strict=True):
-            # Row by row: a float copy of all logits would be the largest tensor of the step.
-            loss = functional.cross_entropy(row[:-1].float(), targets, ignore_index=IGNORED, reduction="sum")
-            sums[0].index_add_(0, task.view(1), loss.double().view(1))
-            sums[1].index_add_(0, task.view(1), (targets != IGNORED).sum().double().view(1))
+        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        # Packed, a label is of the same row as the token before it, or ignored.
+        of_tokens = tasks.view(len(labels), -1).expand_as(labels).flatten()
+        parts = logits.flatten(0, 1).split(CHUNK), targets.split(CHUNK), of_tokens.split(CHUNK)
+        for part, wanted, numbers in zip(*parts, strict=True):
+            # Part by part: a float copy of all logits would be the largest tensor of the step.
+            losses = functional.cross_entropy(part.float(), wanted, ignore_index=IGNORED, reduction="none")
+            sums[0].index_add_(0, numbers, losses.double())
+            sums[1].index_add_(0, numbers, (wanted != IGNORED).double())
         self._sums = sums if self._sums is None else self._sums + sums
 
     def collect(self) -> dict[str, float]:
