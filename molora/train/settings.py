@@ -18,6 +18,7 @@ REFUSED_KEYS = {
     "load_best_model_at_end": "there is no evaluation inside the loop to choose by; use the evaluation section",
     "metric_for_best_model": "there is no evaluation inside the loop to choose by; use the evaluation section",
     "resume_from_checkpoint": "use --resume",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run instead of being hidden",
     "remove_unused_columns": "molora's collator needs every column it is given",
     "push_to_hub": "push the saved adapter with PeftModel.push_to_hub",
 }
