@@ -78,13 +78,14 @@ class FiniteWatch:
         return self._in_a_row > MAX_SKIPPED
 
     def verdict(self) -> str | None:
-        """What was not finite first, on any rank, and at which step; ``None`` if all was finite. Called on all ranks."""
+        """What was not finite first, on any rank, and at which step; ``None``: nothing. Called on all ranks."""
         loss, gradient = over_ranks(self.first.clone(), "MIN").tolist()
         if loss <= gradient and loss < NEVER:
             bad = over_ranks((~self.task_sums.isfinite()).int(), "MAX").tolist()
             tasks = [name for name, is_bad in zip(self.tasks, bad, strict=True) if is_bad]
             if tasks:
-                return f"at step {loss} the logits gave rows of task {', '.join(map(repr, tasks))} a loss that is not finite"
+                named = ", ".join(map(repr, tasks))
+                return f"at step {loss} the logits gave rows of task {named} a loss that is not finite"
             return f"at step {loss} the loss was not finite, though the logits gave every row a finite one"
         return f"at step {gradient} {self.worst()}" if gradient < NEVER else None
 
@@ -95,8 +96,8 @@ class FiniteWatch:
             return "a gradient was not finite"
         # A backward runs from the last module to the first.
         return (
-            f"the gradient of {short_name(self.names[bad[-1]])} was not finite (the first in the backward of {len(bad)} "
-            f"among {len(self.names)} parameters)"
+            f"the gradient of {short_name(self.names[bad[-1]])} was not finite (of {len(bad)} among {len(self.names)} "
+            "parameters the first in the backward)"
         )
 
 

@@ -334,8 +334,12 @@ def _smaller_steps(recipe: Recipe, args: TrainingArguments) -> str:
             f"lower training.per_device_train_batch_size ({size}) and raise training.gradient_accumulation_steps "
             f"({accumulation}) as much"
         )
-    if not args.gradient_checkpointing:
-        changes.append("set training.gradient_checkpointing: true")
+    # transformers is renaming it.
+    checkpointing = (
+        "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
+    )
+    if not getattr(args, checkpointing):
+        changes.append(f"set training.{checkpointing}: true")
     changes.append("lower sequence.max_length")
     if recipe.base.quantization is None:
         changes.append("set base.quantization: nf4")
