@@ -8,8 +8,8 @@ and gets SIGKILL after a random time, or a random time after a random one of its
 writing, renaming, deleting, making directories, all of which saving does), so that many kills hit the saving, library
 calls included. What is left is resumed, and killed again, until it ends; then losses, gradient norms, learning rates,
 losses by task and routing of every step, the adapter, the optimizer, the schedule and the random numbers must be those
-of the run that was left alone, bit for bit. Seeded, but for what the scheduler of the machine does. Prints JSON; --keep writes
-results/kill_resume.json beside itself.
+of the run that was left alone, bit for bit. Seeded, but for what the scheduler of the machine does. Prints JSON; --keep
+writes results/kill_resume.json beside itself.
 """
 
 from __future__ import annotations
