@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -181,6 +182,12 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if recipe.mixing.streaming:
         # Each process reads its own rows: one that dispatches would join batches that are padded to other lengths.
         streamed["accelerator_config"] = (recipe.training.get("accelerator_config") or {}) | {"dispatch_batches": False}
+    services = recipe.training.get("report_to") or []
+    for service in [services] if isinstance(services, str) else services:
+        if service in ("tensorboard", "wandb") and find_spec(service) is None:
+            raise ValueError(
+                f"recipe.training.report_to names {service!r}, which is not installed; pip install 'molora[telemetry]'"
+            )
     try:
         return TrainingArguments(**defaults | recipe.training | streamed, remove_unused_columns=False)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
