@@ -115,8 +115,8 @@ def test_a_run_passes_over_a_damaged_checkpoint_and_names_it(
 def test_everything_is_on_the_disk_before_it_has_its_name(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The order of calls: when a checkpoint is renamed, each file and directory of it was synced and is unchanged since;
-    and its name is synced before an older checkpoint goes."""
+    """The order of calls: a checkpoint is renamed when all files and directories in it were synced and have not changed
+    since; its name is synced before an older checkpoint goes."""
     recipe, out = write_recipe(tmp_path, base, max_steps=6, save_total_limit=1), tmp_path / "out"
     synced: dict[str, tuple[int, int]] = {}
     unsynced_names: set[Path] = set()

@@ -61,7 +61,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 def last_whole_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint without damage, and what is wrong with those that are newer, a sentence for each."""
-    damaged = []
+    damaged: list[str] = []
     for path in reversed(checkpoints(run_dir)):
         wrong = damage(path)
         if wrong is None:

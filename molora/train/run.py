@@ -247,7 +247,10 @@ def train(
     if done is not None:
         return done
     finished = finished_state(checkpoint)
-    model, tokenizer, rows, reports = prepare(recipe)
+    with writing(
+        "the tokenized rows in the cache of datasets", "make room there, or point HF_DATASETS_CACHE elsewhere"
+    ):
+        model, tokenizer, rows, reports = prepare(recipe)
     show_reports(model, reports)
     args = training_arguments(recipe)
     if checkpoint is None and getattr(model.active_peft_config, "init_lora_weights", None) == "eva":
@@ -262,20 +265,25 @@ def train(
         if recipe.suite is None or not getattr(recipe.evaluation, when):
             return None
         predictions = recipe.output_dir / f"predictions_{when}.jsonl"
-        return run_suite(
-            model,
-            tokenizer,
-            recipe.suite,
-            name=str(recipe.output_dir),
-            predictions_path=predictions,
-            seed=args.seed,
-            progress=score_progress,
-        )
+        size = recipe.evaluation.batch_size
+        with enough_memory("scoring", lambda: f"lower evaluation.batch_size ({size}) and start anew"):
+            return run_suite(
+                model,
+                tokenizer,
+                recipe.suite,
+                name=str(recipe.output_dir),
+                predictions_path=predictions,
+                seed=args.seed,
+                progress=score_progress,
+            )
 
     with writing(f"the scores in {recipe.output_dir}", "make room and continue with --resume"):
         before = _before(recipe, score, resume=resume)
     if finished is None:
-        with enough_memory("a training step", partial(_smaller_steps, recipe, args)):
+        with (
+            enough_memory("a training step", partial(_smaller_steps, recipe, args)),
+            writing("the log", "make room and continue with --resume"),
+        ):
             trainer.train(resume_from_checkpoint=checkpoint)
     else:
         # Another call of train would take one more step.
