@@ -192,3 +192,37 @@ def test_losses_are_not_hidden(base: str, tmp_path: Path, capsys: pytest.Capture
     assert training_arguments(read_recipe(recipe)).logging_nan_inf_filter is False
     assert molora("train", recipe, "training.logging_nan_inf_filter=true") == 2
     assert "stops the run instead of being hidden; remove it" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_the_largest_magnitudes_on_a_gpu() -> None:
+    tensors = [torch.randn(400, 300), torch.tensor([1.0, float("nan"), 2.0]), torch.tensor([-float("inf"), 3.0])]
+    got = largest([tensor.cuda() for tensor in tensors], torch.zeros(3, device="cuda")).cpu()
+    assert got[0] == tensors[0].abs().max() and got[1].isnan() and got[2].isinf()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("steps", [1, 30])
+def test_fp16_on_a_gpu(steps: int, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that is infinite in one step is skipped and the run goes on; where it is in all, the run ends."""
+    original = WatchedTrainer.compute_loss
+
+    def compute_loss(self: WatchedTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= steps:
+            return original(self, model, inputs, *args, **kwargs)
+        layer = next(m for n, m in model.named_modules() if n.endswith(UP))
+        handle = layer.register_forward_hook(lambda module, inputs, output: Poison.apply(output))
+        result = original(self, model, inputs, *args, **kwargs)
+        handle.remove()
+        return result
+
+    monkeypatch.setattr(WatchedTrainer, "compute_loss", compute_loss)
+    recipe = read_recipe(
+        write_recipe(tmp_path, base, fp16=True, max_steps=30, save_steps=30),
+        ["evaluation={before: false, after: false}"],
+    )
+    if steps == 1:
+        assert train(recipe)["training"]["steps"] == 30
+    else:
+        with pytest.raises(FloatingPointError, match=rf"{MAX_SKIPPED} steps in a row up to step 21 .* {re.escape(UP)}"):
+            train(recipe)
