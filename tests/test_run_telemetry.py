@@ -104,9 +104,9 @@ def test_wandb_offline_has_what_the_log_has(
 def test_a_service_that_is_not_there_is_named_first(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from molora.train import run
+    from molora.train import settings
 
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
     recipe = write_recipe(tmp_path, base, report_to=["tensorboard"])
     for options in ([], ["--dry-run"]):
         assert molora("train", recipe, *options) == 2

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -35,12 +34,13 @@ from molora.train.output import (
     RESULTS_FILE,
     find_checkpoint,
     finished_state,
-    last_checkpoint,
     mean_loss,
     stored_results,
 )
 from molora.train.recipe import Recipe, adapter_config, mixture_of_adapters, recipe_yaml
 from molora.train.routing_log import RoutingLog
+from molora.train.settings import check_services
+from molora.train.smaller_steps import smaller_steps
 from molora.train.streaming import MixedStream, mixed_stream
 from molora.train.task_loss import TaskLosses
 from molora.train.watched import WatchedTrainer
@@ -182,12 +182,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if recipe.mixing.streaming:
         # Each process reads its own rows: one that dispatches would join batches that are padded to other lengths.
         streamed["accelerator_config"] = (recipe.training.get("accelerator_config") or {}) | {"dispatch_batches": False}
-    services = recipe.training.get("report_to") or []
-    for service in [services] if isinstance(services, str) else services:
-        if service in ("tensorboard", "wandb") and find_spec(service) is None:
-            raise ValueError(
-                f"recipe.training.report_to names {service!r}, which is not installed; pip install 'molora[telemetry]'"
-            )
+    check_services(recipe.training)
     try:
         return TrainingArguments(**defaults | recipe.training | streamed, remove_unused_columns=False)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
@@ -281,7 +276,7 @@ def train(
         before = _before(recipe, score, resume=resume)
     if finished is None:
         with (
-            enough_memory("a training step", partial(_smaller_steps, recipe, args)),
+            enough_memory("a training step", partial(smaller_steps, recipe, args)),
             writing("the log", "make room and continue with --resume"),
         ):
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -338,29 +333,6 @@ def _trainer(
         trainer.callback_handler.callbacks.insert(0, RoutingLog(warn))
     trainer.task_losses = TaskLosses([task.name for task in recipe.tasks])
     return trainer
-
-
-def _smaller_steps(recipe: Recipe, args: TrainingArguments) -> str:
-    """What makes a step smaller, of what is not done already, and where the run would go on."""
-    size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    changes = []
-    if size > 1:
-        changes.append(
-            f"lower training.per_device_train_batch_size ({size}) and raise training.gradient_accumulation_steps "
-            f"({accumulation}) as much"
-        )
-    # transformers is renaming it.
-    checkpointing = (
-        "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
-    )
-    if not getattr(args, checkpointing):
-        changes.append(f"set training.{checkpointing}: true")
-    changes.append("lower sequence.max_length")
-    if recipe.base.quantization is None:
-        changes.append("set base.quantization: nf4")
-    last = last_checkpoint(recipe.output_dir)
-    kept = f"{last} is whole, but --resume takes the recipe as it was" if last else "no checkpoint was written"
-    return f"{', or '.join(changes)}, and start anew in another training.output_dir ({kept})"
 
 
 def _before(recipe: Recipe, score: Callable[[str], dict[str, Any] | None], *, resume: bool) -> dict[str, Any] | None:

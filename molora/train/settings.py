@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import fields
 from functools import cache
+from importlib.util import find_spec
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -95,6 +96,20 @@ def check_streaming(training: dict[str, Any]) -> None:
             "recipe.training.accelerator_config.dispatch_batches=true would join batches of different lengths; remove "
             "it, with mixing.streaming each process reads its own rows"
         )
+
+
+def check_services(training: dict[str, Any]) -> None:
+    """Refuses a reporting service that is not installed.
+
+    Raises:
+        ValueError: names the service and the package.
+    """
+    named = training.get("report_to") or []
+    for service in [named] if isinstance(named, str) else named:
+        if service in ("tensorboard", "wandb") and find_spec(service) is None:
+            raise ValueError(
+                f"recipe.training.report_to names {service!r}, which is not installed; pip install 'molora[telemetry]'"
+            )
 
 
 def check_lora(keys: dict[str, Any]) -> None:
