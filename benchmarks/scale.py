@@ -3,11 +3,11 @@
     python benchmarks/scale.py [--gpus 1 2 4] [--stages 2 3] [--layers 32] [--keep]
 
 Each cell (subject, ZeRO stage, number of GPUs) is a launch of its own through torch.distributed.run and Trainer: random
-bf16 weights, at stage 3 created in parts; random tokens; activation checkpointing; router losses on; dropout 0. Cells of
-fewer GPUs than there are run side by side on different GPUs. MFU counts what a step must compute, without the
-recomputation: 4 FLOPs for each frozen weight and token (forward, gradient of the input), 6 for each active adapter weight,
-and causal attention. Bars: step time over that of LoRA in the same stage on the most GPUs, at most 1.10; tokens per second
-and GPU on 4 GPUs over those on one, at least 0.90. --tiny is a look at the code on a CPU.
+bf16 weights, at stage 3 created in parts; random tokens; activation checkpointing; router losses on; dropout 0. Cells
+of fewer GPUs than there are run side by side on different GPUs. MFU counts what a step must compute, without the
+recomputation: 4 FLOPs for each frozen weight and token (forward, gradient of the input), 6 for each active adapter
+weight, and causal attention. Bars: step time over that of LoRA in the same stage and on as many GPUs, at most 1.10;
+tokens per second and GPU on 4 GPUs over those on one, at least 0.90. --tiny is a look at the code on a CPU.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def launch(options: argparse.Namespace, cell: tuple[str, int, int], first: int, 
 
 
 def cells(options: argparse.Namespace) -> list[list[tuple[str, int, int]]]:
-    """Groups of cells that fit onto the GPUs together; the largest first, so that the bars are safe if time runs out."""
+    """Groups of cells that fit onto the GPUs together; the largest first, which the bars need most."""
     groups: list[list[tuple[str, int, int]]] = []
     for gpus in sorted(options.gpus, reverse=True):
         wanted = [(subject, stage, gpus) for stage in options.stages for subject in options.subjects]

@@ -74,18 +74,29 @@ def routing_report(model: nn.Module) -> dict[str, RouterUse]:
     One copy from the device for all routers, at the call; training itself only adds on the device.
     """
     runtime = runtime_of(model)
-    sums = runtime.use
+    report = _uses(runtime)
     runtime.use = {}
-    if not sums:
+    return {name: report[site] for site, name in _names(runtime, sorted(report)).items()}
+
+
+def active_share(runtime: Runtime | None) -> float:
+    """The share of its gates that a token uses, averaged over the routers, since the last `routing_report`; 1 without
+    any router that ran."""
+    uses = {} if runtime is None else _uses(runtime)
+    return sum(use.active / len(use.load) for use in uses.values()) / len(uses) if uses else 1.0
+
+
+def _uses(runtime: Runtime) -> dict[int, RouterUse]:
+    if not runtime.use:
         return {}
-    flat = torch.cat([value.float().cpu() for value in _by_device(sums)]).double()
+    flat = torch.cat([value.float().cpu() for value in _by_device(runtime.use)]).double()
     report, start = {}, 0
-    for site, value in _sites_by_device(sums):
+    for site, value in _sites_by_device(runtime.use):
         row = flat[start : start + len(value)]
         start += len(value)
         if row[0] > 0:
             report[site] = _use(row)
-    return {name: report[site] for site, name in _names(runtime, sorted(report)).items()}
+    return report
 
 
 def _names(runtime: Runtime, sites: list[int]) -> dict[int, str]:

@@ -20,7 +20,7 @@ def main() -> None:
     """Runs the command line; what the user can mend ends in one red sentence on standard error and exit code 2."""
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         if "--debug" in sys.argv[1:2] or not _is_for_user(error):
             raise
         from rich.console import Console

@@ -48,6 +48,7 @@ def eval(  # noqa: A001  (the command's name)
     import molora  # noqa: F401  (registers the PEFT method)
     from molora.eval import terminal
     from molora.eval.disk import check_directory, writing
+    from molora.eval.memory import enough_memory
     from molora.eval.models import load_model, trained_quantization
     from molora.eval.results import write_json
     from molora.eval.suite import run_suite
@@ -61,7 +62,11 @@ def eval(  # noqa: A001  (the command's name)
         with terminal.status("loading the model"):
             quantization = quantization or (None if base else trained_quantization(model))
             loaded, tokenizer = load_model(model, base=base, quantization=quantization)
-        with terminal.progress() as progress, writing(f"{out}", "make room and run this again"):
+        with (
+            terminal.progress() as progress,
+            enough_memory("scoring", lambda: f"lower --batch-size ({tasks.batch_size})"),
+            writing(f"{out}", "make room and run this again"),
+        ):
             results = run_suite(
                 loaded,
                 tokenizer,

@@ -129,9 +129,7 @@ def run_suite(
         predictions += rows
     model.train(was_training)
     if predictions_path is not None:
-        Path(predictions_path).parent.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
-        Path(predictions_path).write_text(lines, encoding="utf-8")
+        results.write_text(predictions_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
     return {
         **results.header(model, name, seed),
         "tasks": entries,

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from molora.eval.disk import writing
+from molora.train.durable import keep_newest, last_whole_checkpoint, publish, sync, sync_directory, write_checksums
 from molora.train.optimizer import loraplus_optimizer
 from molora.train.sampling import LengthGroupedSampler, row_lengths
 from molora.train.task_loss import TaskLosses
@@ -37,9 +37,10 @@ class LogAtSaves(TrainerCallback):
 class AtomicTrainer(Trainer):
     """The Trainer, except for how a checkpoint appears and for ``train_sampling_strategy: group_by_length``.
 
-    A checkpoint appears under its name only when it is complete: the parent writes into ``output_dir/.partial``, the
-    finished directory is renamed, which is atomic on one file system, and only then old checkpoints are deleted. A
-    process killed while it saves leaves the previous checkpoint.
+    A checkpoint appears under its name only when it is complete and on the disk: the parent writes into
+    ``output_dir/.partial``, the finished directory gets its checksums and is renamed, which is atomic on one file
+    system, and only then old checkpoints are deleted. A process that is killed while it saves, or a machine that loses
+    its power, leaves the previous checkpoint.
     """
 
     _partial: Path | None = None
@@ -85,27 +86,28 @@ class AtomicTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(super()._get_output_dir(trial))
         self._partial = run_dir / PARTIAL
+        name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(self._partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
-            with self._room_for(f"{run_dir / f'checkpoint-{self.state.global_step}'}"):
+            with self._room_for(f"{run_dir / name}"):
                 super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    write_checksums(self._partial / name)
+                    publish(self._partial / name, run_dir / name)
         finally:
             partial, self._partial = self._partial, None
-        self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            for written in partial.iterdir():
-                shutil.rmtree(run_dir / written.name, ignore_errors=True)
-                written.rename(run_dir / written.name)
-            partial.rmdir()
-            rotate_checkpoints(output_dir=str(run_dir), save_total_limit=self.args.save_total_limit, use_mtime=True)
+            keep_newest(run_dir, self.args.save_total_limit, self.state.global_step, partial)
+            shutil.rmtree(partial)
 
     @contextmanager
     def _room_for(self, what: str) -> Iterator[None]:
         """A full disk ends in one sentence, and what was half written is removed."""
         run_dir = Path(self.args.output_dir)
-        last = get_last_checkpoint(str(run_dir)) if run_dir.is_dir() else None
+        last, _ = last_whole_checkpoint(run_dir)
         whole = f"{last} is whole" if last else "there is no earlier checkpoint"
         try:
             with writing(what, f"{whole}; make room and continue with --resume"):
@@ -125,6 +127,9 @@ class AtomicTrainer(Trainer):
             self.save_model(str(partial), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            with self._room_for(f"the adapter in {run_dir}"):
+                sync(partial)
             for written in partial.iterdir():
                 written.replace(run_dir / written.name)
             partial.rmdir()
+            sync_directory(run_dir)

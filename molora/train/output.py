@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 
 from molora.eval.disk import check_directory
 from molora.eval.strict import parse_yaml
+from molora.train.durable import checkpoints, last_whole_checkpoint
 from molora.train.recipe import Recipe, recipe_yaml
 
 RECIPE_FILE, RESULTS_FILE, BEFORE_FILE, CURVE_FILE = "recipe.yaml", "results.json", "before.json", "loss_curve.json"
@@ -19,26 +21,29 @@ NOT_THE_RUN = {"sequence.cache"}
 """Keys of a recipe that a resumed run may change."""
 
 
-def find_checkpoint(recipe: Recipe, *, resume: bool) -> str | None:
+def find_checkpoint(recipe: Recipe, *, resume: bool, warn: Callable[[str], Any] = warnings.warn) -> str | None:
     """Checks that ``output_dir`` is free or, with ``resume``, holds a run of the same recipe.
+
+    Args:
+        warn: told a sentence about a checkpoint that is damaged, and that the one before it is used instead.
 
     Returns:
         The checkpoint to resume from, ``None`` to start from the first step.
 
     Raises:
         ValueError: the directory holds another run or, with ``resume``, none, or the recipe differs from the one that
-            began here, or ``output_dir`` is or lies below a file.
+            began here, or ``output_dir`` is or lies below a file, or every checkpoint is damaged.
     """
     check_directory(recipe.output_dir, "training.output_dir")
-    saved, last = recipe.output_dir / RECIPE_FILE, last_checkpoint(recipe.output_dir)
+    saved, found = recipe.output_dir / RECIPE_FILE, checkpoints(recipe.output_dir)
     if not resume:
-        if saved.exists() or last:
+        if saved.exists() or found:
             raise ValueError(
                 f"{recipe.output_dir} already holds a run; pass --resume to continue it, "
                 "or choose another training.output_dir"
             )
         return None
-    if not saved.is_file() and last is None:
+    if not saved.is_file() and not found:
         raise ValueError(
             f"{recipe.output_dir} holds no run to resume; check training.output_dir, or start one without --resume"
         )
@@ -52,12 +57,21 @@ def find_checkpoint(recipe: Recipe, *, resume: bool) -> str | None:
                 f"--resume continues the run exactly as it began, but the recipe changed ({shown}); "
                 "undo that or start anew"
             )
-    return last
+    last, damaged = last_whole_checkpoint(recipe.output_dir)
+    if damaged and last is None:
+        raise ValueError(
+            f"no checkpoint in {recipe.output_dir} is whole ({'; '.join(damaged)}); delete the directories "
+            "checkpoint-* to begin again at the first step with --resume"
+        )
+    for wrong in damaged:
+        warn(f"a checkpoint is damaged and is not used: {wrong}; going on from {last}")
+    return None if last is None else str(last)
 
 
 def last_checkpoint(folder: Path) -> str | None:
     """The last whole checkpoint of a run."""
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last, _ = last_whole_checkpoint(folder)
+    return None if last is None else str(last)
 
 
 def stored_results(recipe: Recipe) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from molora import equal_lora
 from molora.assets import MOLORA_TINY
+from molora.eval.disk import writing
 from molora.eval.models import load_base, load_model
 from molora.eval.results import write_json
 from molora.eval.strict import build
@@ -155,8 +156,9 @@ def quickstart(
     began, steps = time.perf_counter(), STEPS if steps is None else steps
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is not empty; choose another directory with --out")
-    (out / "data").mkdir(parents=True)
-    tasks = write_tasks(out / "data", seed)
+    with writing(f"the data in {out}", "make room and run this again with another --out"):
+        (out / "data").mkdir(parents=True)
+        tasks = write_tasks(out / "data", seed)
     rank = equal_lora(load_base(str(MOLORA_TINY)), mixture_config(MIXTURE)).r
     sections = {
         "lora": {"lora": {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}},
@@ -191,7 +193,8 @@ def quickstart(
         "tokens": tokens,
         "seconds": time.perf_counter() - began,
     }
-    write_json(out / "results.json", results)
+    with writing(f"the results in {out}", "make room and run this again with another --out"):
+        write_json(out / "results.json", results)
     return results
 
 

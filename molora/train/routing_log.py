@@ -41,8 +41,13 @@ class RoutingLog(TrainerCallback):
         if not report:
             return
         line = state.log_history[-1]
-        line["largest_load"] = max(use.largest_load for use in report.values())
-        line["dead_experts"] = sum(use.dead_experts for use in report.values())
+        over_all = {
+            "largest_load": max(use.largest_load for use in report.values()),
+            "dead_experts": sum(use.dead_experts for use in report.values()),
+        }
+        line |= over_all
+        if logs is not None:
+            logs |= over_all
         for name, use in report.items():
             scalars = {f"routing/{name}/{key}": getattr(use, key) for key in _SCALARS}
             line |= scalars | {f"routing/{name}/load": use.load, f"routing/{name}/mean_gate": use.mean_gate}

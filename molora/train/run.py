@@ -18,12 +18,14 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from molora.config import MoloraConfig
 from molora.eval.disk import check_directory, writing
 from molora.eval.encode import collate
+from molora.eval.memory import enough_memory
 from molora.eval.models import load_base, load_tokenizer
 from molora.eval.results import header, peak_memory_bytes, write_json, write_text
 from molora.eval.score import context_length
 from molora.eval.suite import check_suite, run_suite
 from molora.init_experts import initialize_eva_weights
-from molora.train.checkpoint import AtomicTrainer, LogAtSaves
+from molora.train.checkpoint import LogAtSaves
+from molora.train.flops import peak_flops
 from molora.train.mixing import TaskReport, mixed_dataset
 from molora.train.output import (
     BEFORE_FILE,
@@ -39,8 +41,11 @@ from molora.train.packable import check_packable
 from molora.train.packing import PackedRows, PackedStream, collate_packed, packed
 from molora.train.recipe import Recipe, adapter_config, mixture_of_adapters, recipe_yaml
 from molora.train.routing_log import RoutingLog
+from molora.train.settings import check_services
+from molora.train.smaller_steps import smaller_steps
 from molora.train.streaming import MixedStream, mixed_stream
 from molora.train.task_loss import TaskLosses
+from molora.train.watched import WatchedTrainer
 
 EXAMPLES = 64
 """Training rows of each task that make a centroid."""
@@ -62,9 +67,11 @@ def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, li
     """
     args = training_arguments(recipe)
     check_optimizer(recipe, args)
+    peak_flops(args.device)
     seed = args.seed
     check_directory(recipe.output_dir, "training.output_dir")
-    base = load_base(recipe.base.model, dtype=recipe.base.dtype, quantization=recipe.base.quantization)
+    with enough_memory("loading the base", lambda: "set base.dtype to bfloat16, or base.quantization to nf4"):
+        base = load_base(recipe.base.model, dtype=recipe.base.dtype, quantization=recipe.base.quantization)
     tokenizer = load_tokenizer(recipe.base.model)
     limit = context_length(base, recipe.sequence.max_length)
     if recipe.suite is not None and (recipe.evaluation.before or recipe.evaluation.after):
@@ -177,12 +184,14 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "report_to": "none",
         "disable_tqdm": True,
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     streamed: dict[str, Any] = {}
     if recipe.mixing.streaming:
         # Each process reads its own rows: one that dispatches would join batches that are padded to other lengths.
         streamed["accelerator_config"] = (recipe.training.get("accelerator_config") or {}) | {"dispatch_batches": False}
+    check_services(recipe.training)
     try:
         return TrainingArguments(**defaults | recipe.training | streamed, remove_unused_columns=False)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
@@ -225,18 +234,27 @@ def train(
         show_reports: told the model, the counts of every task and the training set before the first step.
         callbacks: more Trainer callbacks.
         score_progress: told the task, the rows of each batch done, and the rows of the task, during evaluation.
-        warn: told a sentence about a router that has collapsed.
+        warn: told a sentence about a router that has collapsed, or a checkpoint that is damaged.
 
     Returns:
         The results, schema ``molora.results/1``; the scores before training are under ``"before"``.
+
+    Raises:
+        ValueError: as :func:`prepare`.
+        FloatingPointError: a loss or gradient is not finite.
+        MemoryError: the memory does not suffice.
+        OSError: the disk is full.
     """
     began = time.perf_counter()
-    checkpoint = find_checkpoint(recipe, resume=resume)
+    checkpoint = find_checkpoint(recipe, resume=resume, warn=warn)
     done = stored_results(recipe) if resume else None
     if done is not None:
         return done
     finished = finished_state(checkpoint)
-    model, tokenizer, rows, reports = prepare(recipe)
+    with writing(
+        "the tokenized rows in the cache of datasets", "make room there, or point HF_DATASETS_CACHE elsewhere"
+    ):
+        model, tokenizer, rows, reports = prepare(recipe)
     show_reports(model, reports, rows)
     args = training_arguments(recipe)
     if checkpoint is None and getattr(model.active_peft_config, "init_lora_weights", None) == "eva":
@@ -251,20 +269,26 @@ def train(
         if recipe.suite is None or not getattr(recipe.evaluation, when):
             return None
         predictions = recipe.output_dir / f"predictions_{when}.jsonl"
-        return run_suite(
-            model,
-            tokenizer,
-            recipe.suite,
-            name=str(recipe.output_dir),
-            predictions_path=predictions,
-            seed=args.seed,
-            progress=score_progress,
-        )
+        size = recipe.evaluation.batch_size
+        with enough_memory("scoring", lambda: f"lower evaluation.batch_size ({size}) and start anew"):
+            return run_suite(
+                model,
+                tokenizer,
+                recipe.suite,
+                name=str(recipe.output_dir),
+                predictions_path=predictions,
+                seed=args.seed,
+                progress=score_progress,
+            )
 
     with writing(f"the scores in {recipe.output_dir}", "make room and continue with --resume"):
         before = _before(recipe, score, resume=resume)
     if finished is None:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with (
+            enough_memory("a training step", partial(smaller_steps, recipe, args)),
+            writing("the log", "make room and continue with --resume"),
+        ):
+            trainer.train(resume_from_checkpoint=checkpoint)
     else:
         # Another call of train would take one more step.
         trainer.state = finished
@@ -297,23 +321,26 @@ def make_trainer(
     rows: Any,
     callbacks: list[TrainerCallback],
     warn: Callable[[str], Any],
-) -> AtomicTrainer:
+) -> WatchedTrainer:
     router = getattr(model.active_peft_config, "router", None)
     labelled = router is not None and router.task_labels(fewest(model.active_peft_config.num_experts)) > 0
     try:
-        trainer = AtomicTrainer(
+        trainer = WatchedTrainer(
             model=model,
             args=args,
             train_dataset=rows,
             data_collator=partial(collate_packed if recipe.sequence.packing else collate, with_task_labels=labelled),
             processing_class=tokenizer,
-            callbacks=[LogAtSaves(), *([RoutingLog(warn)] if recipe.mixture is not None else []), *callbacks],
+            callbacks=[LogAtSaves(), *callbacks],
         )
     except (ValueError, ImportError, RuntimeError) as error:
         # For instance report_to for a service that is not installed, or fp16 without a GPU.
         raise ValueError(f"recipe.training: {error}") from error
     trainer.loraplus_lr_ratio = recipe.optimizer.loraplus_lr_ratio
     trainer.remove_callback(PrinterCallback)
+    if recipe.mixture is not None:
+        # In front of the reporting services, which get what is in the line when their turn comes.
+        trainer.callback_handler.callbacks.insert(0, RoutingLog(warn))
     trainer.task_losses = TaskLosses([task.name for task in recipe.tasks])
     return trainer
 

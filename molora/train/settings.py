@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import fields
 from functools import cache
+from importlib.util import find_spec
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -18,6 +19,7 @@ REFUSED_KEYS = {
     "load_best_model_at_end": "there is no evaluation inside the loop to choose by; use the evaluation section",
     "metric_for_best_model": "there is no evaluation inside the loop to choose by; use the evaluation section",
     "resume_from_checkpoint": "use --resume",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run instead of being hidden",
     "remove_unused_columns": "molora's collator needs every column it is given",
     "push_to_hub": "push the saved adapter with PeftModel.push_to_hub",
 }
@@ -108,6 +110,20 @@ def check_packing(training: dict[str, Any]) -> None:
             "recipe.training.accelerator_config.dispatch_batches=true would join packed batches of different lengths; "
             "remove it, with sequence.packing each process reads its own rows"
         )
+
+
+def check_services(training: dict[str, Any]) -> None:
+    """Refuses a reporting service that is not installed.
+
+    Raises:
+        ValueError: names the service and the package.
+    """
+    named = training.get("report_to") or []
+    for service in [named] if isinstance(named, str) else named:
+        if service in ("tensorboard", "wandb") and find_spec(service) is None:
+            raise ValueError(
+                f"recipe.training.report_to names {service!r}, which is not installed; pip install 'molora[telemetry]'"
+            )
 
 
 def check_lora(keys: dict[str, Any]) -> None:

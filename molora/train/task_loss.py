@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from molora.eval.encode import IGNORED
+from molora.window import sum_over_ranks
 
 CHUNK = 512
 """Tokens whose logits are copied at a time."""
@@ -46,10 +47,18 @@ class TaskLosses:
             sums[1].index_add_(0, numbers, (wanted != IGNORED).double())
         self._sums = sums if self._sums is None else self._sums + sums
 
+    @property
+    def sums(self) -> Tensor | None:
+        """(tasks,) the sums of the token losses since the last `collect`, on this process."""
+        return None if self._sums is None else self._sums[0]
+
     def collect(self) -> dict[str, float]:
-        """``loss/<task>``: the mean token loss of each task that was seen since the last call, on this process."""
+        """``loss/<task>``: the mean token loss of each task that was seen since the last call, on any rank.
+
+        One sum over ranks; called on all of them.
+        """
         if self._sums is None:
             return {}
-        total, count = self._sums.tolist()
+        total, count = sum_over_ranks(self._sums.clone()).tolist()
         self._sums = None
         return {f"loss/{name}": t / n for name, t, n in zip(self.names, total, count, strict=True) if n}
