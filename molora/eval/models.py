@@ -17,17 +17,21 @@ from transformers import (
 )
 
 from molora.assets import MOLORA_TINY
+from molora.eval.ranks import accelerator
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_base(model: str, *, dtype: str = "auto", quantization: str | None = None) -> PreTrainedModel:
+def load_base(
+    model: str, *, dtype: str = "auto", quantization: str | None = None, place: bool = True
+) -> PreTrainedModel:
     """Loads a base causal LM, on the accelerator if there is one.
 
     Args:
         model: a hub id, a local directory, or ``molora-tiny``, which travels with the package.
         dtype: one of ``DTYPES``; ``"auto"``: that of the checkpoint.
         quantization: ``None``, ``"nf4"`` or ``"int8"`` (bitsandbytes).
+        place: on this process's accelerator; False: where the engine that partitions the model wants it.
 
     Raises:
         FileNotFoundError: ``model`` is neither a directory with a model nor a hub id that can be loaded.
@@ -44,14 +48,14 @@ def load_base(model: str, *, dtype: str = "auto", quantization: str | None = Non
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     elif quantization == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = accelerator()
     path = resolve(model)
     with _named(model):
         return AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             quantization_config=config,
-            device_map={"": device} if config is not None or device.type != "cpu" else None,
+            device_map={"": device} if place and (config is not None or device.type != "cpu") else None,
         )
 
 

@@ -93,7 +93,8 @@ def peak_memory_bytes() -> int:
 def parameters(model: torch.nn.Module) -> dict[str, int]:
     """Counts ``trainable`` parameters (those of the adapter, but for frozen experts), those of the ``base``, and the
     ``total``."""
-    total = sum(p.numel() for p in model.parameters())
+    size = {p: getattr(p, "ds_numel", p.numel()) for p in model.parameters()}  # ZeRO-3 leaves none in the parameter
+    total = sum(size.values())
     own = {n: p for n, p in model.named_parameters() if p.requires_grad or "molora_" in n or "lora_" in n}
     own = own if hasattr(model, "peft_config") else {}
     frozen = {
@@ -102,8 +103,8 @@ def parameters(model: torch.nn.Module) -> dict[str, int]:
         for adapter, containers in getattr(module, "frozen_peft_weight_names", {}).items()
         for container in containers
     }
-    trainable = sum(p.numel() for n, p in own.items() if n.rpartition(".")[0] + "." not in frozen)
-    return {"trainable": trainable, "base": total - sum(p.numel() for p in own.values()), "total": total}
+    trainable = sum(size[p] for n, p in own.items() if n.rpartition(".")[0] + "." not in frozen)
+    return {"trainable": trainable, "base": total - sum(size[p] for p in own.values()), "total": total}
 
 
 def write_json(path: str | Path, data: Any) -> None:

@@ -14,6 +14,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from transformers import TrainerCallback
 
+from molora.eval.ranks import is_first
 from molora.eval.results import parameters
 
 out = Console()
@@ -22,6 +23,7 @@ err = Console(stderr=True)
 
 def quiet() -> None:
     """One progress bar at a time: ours; and no word of other libraries about what the user cannot mend."""
+    import logging
     import os
     import warnings
 
@@ -29,11 +31,15 @@ def quiet() -> None:
     import torch
     import transformers
 
+    out.quiet = err.quiet = not is_first()
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, logs that it guesses so
 
     # PEFT asks transformers for a name that it has renamed.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    # DeepSpeed calls what torch has renamed, and accelerate remarks that it follows DeepSpeed's accumulation.
+    warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     # A file that cannot be read is reported once, by our own sentence.
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     datasets.disable_progress_bars()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from molora.eval.disk import writing
+from molora.train.engine import use_fsdp_without_gpu
 from molora.train.optimizer import loraplus_optimizer
 from molora.train.sampling import LengthGroupedSampler
 from molora.train.task_loss import TaskLosses
@@ -43,6 +44,8 @@ class AtomicTrainer(Trainer):
     """
 
     _partial: Path | None = None
+    when_prepared: Callable[[], None] = staticmethod(lambda: None)
+    """Called when the engine holds the model, before the first step."""
     optimizer: Any
     task_losses: TaskLosses | None = None
     """Where set, batches hold ``task`` (B,), and the log the loss of each task."""
@@ -57,6 +60,22 @@ class AtomicTrainer(Trainer):
             made = loraplus_optimizer(model, cls, options, self.loraplus_lr_ratio, self.args.weight_decay)
             self.optimizer = made
         return super().create_optimizer(model) if made is None else made
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            use_fsdp_without_gpu(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.when_prepared()
+        return prepared
+
+    def prepare_finished(self, state: TrainerState, checkpoint: str) -> None:
+        """Hands the model to the engine and loads its last checkpoint, without a step."""
+        self._prepare_for_training(state.max_steps, None, checkpoint)
+        self.state = state
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
