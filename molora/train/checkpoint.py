@@ -13,13 +13,19 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from molora.eval.disk import writing
-from molora.train.engine import use_fsdp_without_gpu
+from molora.integrations.accelerate import use_fsdp_without_gpu
+from molora.integrations.deepspeed import load_gathered, save_gathered
 from molora.train.optimizer import loraplus_optimizer
 from molora.train.sampling import LengthGroupedSampler
 from molora.train.task_loss import TaskLosses
 
 PARTIAL = ".partial"
 """Directory inside output_dir for what is being written; the search for ``checkpoint-*`` does not look into it."""
+
+
+def ranks_of(checkpoint: str) -> int:
+    """Processes that wrote a checkpoint: each leaves its random numbers."""
+    return len(list(Path(checkpoint).glob("rng_state_*.pth"))) or 1
 
 
 class LogAtSaves(TrainerCallback):
@@ -68,9 +74,21 @@ class AtomicTrainer(Trainer):
             self.is_fsdp_enabled = True
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        checkpoint = resume_from_checkpoint
+        if checkpoint is None or not self.is_deepspeed_enabled or ranks_of(checkpoint) == self.args.world_size:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
+        else:
+            self._load_from_checkpoint(checkpoint)
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+            load_gathered(self.deepspeed, Path(checkpoint))
+            self._load_optimizer_and_scheduler(checkpoint)
         self.when_prepared()
         return prepared
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_deepspeed_enabled:
+            save_gathered(self.deepspeed, Path(output_dir))
 
     def prepare_finished(self, state: TrainerState, checkpoint: str) -> None:
         """Hands the model to the engine and loads its last checkpoint, without a step."""

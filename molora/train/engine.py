@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 CONFIGS = {path.stem: path for path in sorted(Path(__file__).with_name("engines").glob("*.json"))}
 """DeepSpeed configurations that come with molora, by name; what the trainer knows is ``auto`` in them."""
@@ -106,34 +102,3 @@ def is_zero3(args: Any) -> bool:
 def partitions(args: Any) -> bool:
     """Whether the engine of these TrainingArguments gives each process a part of every parameter."""
     return is_zero3(args) or bool(args.fsdp)
-
-
-@contextlib.contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
-    """A model whose parameters ZeRO-3 has partitioned, whole on every process inside."""
-    parts = [p for p in model.parameters() if hasattr(p, "ds_id")]
-    if not parts:
-        yield
-        return
-    from deepspeed.zero import GatheredParameters
-
-    with GatheredParameters(parts):
-        yield
-
-
-def use_fsdp_without_gpu(accelerator: Any, options: dict[str, Any]) -> None:
-    """Makes an Accelerator use FSDP on CPUs, where it would go on under DDP without a word.
-
-    Args:
-        accelerator: of CPU processes.
-        options: of accelerate's FullyShardedDataParallelPlugin.
-    """
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-    state = accelerator.state
-    plugin = FullyShardedDataParallelPlugin(**options)
-    if state.mixed_precision != "no":
-        plugin.set_mixed_precision(state.mixed_precision)
-    state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-    state.fsdp_plugin = plugin

@@ -11,6 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from molora.eval.disk import check_directory
 from molora.eval.strict import parse_yaml
+from molora.train.global_batch import ROWS, STEPS, check_global_batch
 from molora.train.recipe import Recipe, recipe_yaml
 
 RECIPE_FILE, RESULTS_FILE, BEFORE_FILE, CURVE_FILE = "recipe.yaml", "results.json", "before.json", "loss_curve.json"
@@ -40,14 +41,17 @@ def find_checkpoint(recipe: Recipe, *, resume: bool) -> str | None:
             f"{recipe.output_dir} holds no run to resume; check training.output_dir, or start one without --resume"
         )
     if saved.is_file():
-        began, now = _flat(parse_yaml(saved.read_text(encoding="utf-8"))), _flat(parse_yaml(recipe_yaml(recipe)))
+        stored = parse_yaml(saved.read_text(encoding="utf-8"))
+        began, now = _flat(stored), _flat(parse_yaml(recipe_yaml(recipe)))
         changed = sorted(key for key in began.keys() | now.keys() if began.get(key) != now.get(key))
+        changed = [key for key in changed if key not in (f"training.{ROWS}", f"training.{STEPS}")]
         if changed:
             shown = ", ".join(f"{key}: {began.get(key)!r} -> {now.get(key)!r}" for key in changed[:5])
             raise ValueError(
                 f"--resume continues the run exactly as it began, but the recipe changed ({shown}); "
                 "undo that or start anew"
             )
+        check_global_batch(recipe.output_dir, stored["training"], recipe.training)
     return last
 
 

@@ -24,8 +24,10 @@ from molora.eval.results import header, peak_memory_bytes, write_json, write_tex
 from molora.eval.score import context_length
 from molora.eval.suite import check_suite, run_suite
 from molora.init_experts import initialize_eva_weights
+from molora.integrations.deepspeed import whole
 from molora.train.checkpoint import AtomicTrainer, LogAtSaves
-from molora.train.engine import engine_arguments, partitions, whole
+from molora.train.engine import engine_arguments, partitions
+from molora.train.global_batch import write_global_batch
 from molora.train.mixing import TaskReport, mixed_dataset
 from molora.train.output import (
     BEFORE_FILE,
@@ -251,6 +253,7 @@ def train(
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
         if is_first():
             write_text(recipe.output_dir / RECIPE_FILE, recipe_yaml(recipe))
+            write_global_batch(recipe.output_dir, recipe.training)
 
     def score(when: str) -> dict[str, Any] | None:
         if recipe.suite is None or not getattr(recipe.evaluation, when):
