@@ -12,7 +12,6 @@ import typer
 from molora_cli import adapters, evaluation, training  # noqa: F401  (their commands)
 from molora_cli.common import app
 
-
 GRACE_S = 5.0
 """How long other processes than the first wait before they tell an error."""
 

@@ -24,7 +24,9 @@ def train(
     ] = False,
     deepspeed: Annotated[
         str | None,
-        typer.Option(help="zero1, zero2, zero3, zero3-offload, or a DeepSpeed JSON; as training.deepspeed of a recipe."),
+        typer.Option(
+            help="zero1, zero2, zero3, zero3-offload, or a DeepSpeed JSON; as training.deepspeed of a recipe."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe, count the data, show the model; train nothing.")

@@ -46,7 +46,9 @@ def device_of(model: Any) -> torch.device:
 def accelerator() -> torch.device:
     """The accelerator of this process among those of its machine; the CPU without one."""
     device = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if device is None else torch.device(device.type, torch.accelerator.current_device_index())
+    return (
+        torch.device("cpu") if device is None else torch.device(device.type, torch.accelerator.current_device_index())
+    )
 
 
 def own_share(items: Sequence[Any]) -> list[Any]:

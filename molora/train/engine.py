@@ -9,7 +9,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
-CONFIGS = {path.stem: path for path in sorted(Path(__file__).with_name("engines").glob("*.json"))}
+_FILES = Path(__file__).with_name("engines")
+CONFIGS = {name: _FILES / f"{name}.json" for name in ("zero1", "zero2", "zero3", "zero3-offload")}
 """DeepSpeed configurations that come with molora, by name; what the trainer knows is ``auto`` in them."""
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from molora.eval.encode import IGNORED
+from molora.window import sum_over_ranks
 
 
 class TaskLosses:
@@ -40,9 +41,9 @@ class TaskLosses:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def collect(self) -> dict[str, float]:
-        """``loss/<task>``: the mean token loss of each task that was seen since the last call, on this process."""
+        """``loss/<task>``: the mean token loss of each task since the last call, over all processes; all call it."""
         if self._sums is None:
             return {}
-        total, count = self._sums.tolist()
+        total, count = sum_over_ranks(self._sums).tolist()
         self._sums = None
         return {f"loss/{name}": t / n for name, t, n in zip(self.names, total, count, strict=True) if n}
