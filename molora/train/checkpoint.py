@@ -53,6 +53,7 @@ class AtomicTrainer(Trainer):
     when_prepared: Callable[[], None] = staticmethod(lambda: None)
     """Called when the engine holds the model, before the first step."""
     optimizer: Any
+    is_fsdp_enabled: bool
     task_losses: TaskLosses | None = None
     """Where set, batches hold ``task`` (B,), and the log the loss of each task."""
     loraplus_lr_ratio: float | None = None
@@ -90,7 +91,7 @@ class AtomicTrainer(Trainer):
         if self.is_deepspeed_enabled:
             save_gathered(self.deepspeed, Path(output_dir))
 
-    def prepare_finished(self, state: TrainerState, checkpoint: str) -> None:
+    def prepare_finished(self, state: TrainerState, checkpoint: str | None) -> None:
         """Hands the model to the engine and loads its last checkpoint, without a step."""
         self._prepare_for_training(state.max_steps, None, checkpoint)
         self.state = state

@@ -92,7 +92,7 @@ def launch(cells: list[dict[str, Any]], ranks: int) -> None:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=600,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[done.stderr.find("FAILED") :][:6000]
 
