@@ -51,9 +51,10 @@ def is_linear_4bit(module: nn.Module) -> bool:
 
 
 def num_weights(parameter: nn.Parameter) -> int:
-    """The numbers that a parameter stands for: a 4-bit one holds two in a byte."""
+    """The numbers that a parameter stands for: a 4-bit one holds two in a byte, one that ZeRO-3 partitioned none."""
     state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
+    whole: int = getattr(parameter, "ds_numel", parameter.numel())
+    return whole if state is None else int(torch.Size(state.shape).numel())
 
 
 def weight_bytes(model: nn.Module) -> int:

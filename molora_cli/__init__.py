@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from typing import Annotated
 
 import typer
@@ -10,9 +12,15 @@ import typer
 from molora_cli import adapters, evaluation, training  # noqa: F401  (their commands)
 from molora_cli.common import app
 
+GRACE_S = 5.0
+"""How long other processes than the first wait before they tell an error."""
+
 
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by the deepspeed launcher.")] = 0,
+) -> None:
     """Turn a dense Hugging Face causal LM into a mixture of LoRA experts, tune it, evaluate it, use it."""
 
 
@@ -23,6 +31,9 @@ def main() -> None:
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         if "--debug" in sys.argv[1:2] or not _is_for_user(error):
             raise
+        if int(os.environ.get("RANK", "0")):
+            # Of what every process finds the first one speaks, and its launcher ends the others while they wait here.
+            time.sleep(GRACE_S)
         from rich.console import Console
 
         text = " ".join(str(error).split()) or type(error).__name__

@@ -22,6 +22,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in training.output_dir from its last whole checkpoint.")
     ] = False,
+    deepspeed: Annotated[
+        str | None,
+        typer.Option(
+            help="zero1, zero2, zero3, zero3-offload, or a DeepSpeed JSON; as training.deepspeed of a recipe."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -31,11 +37,13 @@ def train(
 ) -> None:
     """Train what a recipe describes; score its tasks before and after."""
     from molora.eval import terminal
-    from molora.train.recipe import read_recipe, recipe_yaml
+    from molora.train.recipe import read_recipe, recipe_yaml, with_deepspeed
 
     if resume and dry_run:
         raise ValueError("--dry-run trains nothing, so there is nothing to resume; leave one of the two out")
     resolved = read_recipe(recipe, overrides)
+    if deepspeed is not None:
+        resolved = with_deepspeed(resolved, deepspeed)
     from molora.eval.disk import check_directory
     from molora.train.output import last_checkpoint, stored_results
     from molora.train.run import prepare, train

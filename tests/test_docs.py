@@ -123,10 +123,19 @@ def is_script(command: str) -> None:
         assert f'"{option}"' in source, f"{script} has no option {option}"
 
 
+def is_launch(command: str) -> None:
+    """What the launcher starts is a command of ours with options of its own."""
+    words = command.replace("-m molora_cli", "molora").partition("molora ")[2].split()
+    options = {option for parameter in COMMANDS[words[0]].params for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= options, command
+    assert (ROOT / words[1]).is_file(), command
+
+
 NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
     r"git clone ": ("needs the network", lambda command: None),
     r"cd molora$": ("the clone is not there", lambda command: None),
     r"pip install ": ("changes the environment", is_extra),
+    r"(torchrun|deepspeed|accelerate launch) ": ("starts several processes, as tests/distributed does", is_launch),
     r"make ": ("makes an environment first", is_target),
     r"python (benchmarks|recipes)/": ("takes minutes, or wants data that the repository does not have", is_script),
 }

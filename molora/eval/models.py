@@ -19,19 +19,23 @@ from transformers import (
 
 from molora.assets import MOLORA_TINY
 from molora.checks import check_choice
+from molora.eval.ranks import accelerator
 from molora.eval.strict import read_yaml
 from molora.quantization import QUANTIZATIONS, keep_gradients_on_cpu, quantization_config
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_base(model: str, *, dtype: str = "auto", quantization: str | None = None) -> PreTrainedModel:
+def load_base(
+    model: str, *, dtype: str = "auto", quantization: str | None = None, place: bool = True
+) -> PreTrainedModel:
     """Loads a base causal LM, on the accelerator if there is one.
 
     Args:
         model: a hub id, a local directory, or ``molora-tiny``, which travels with the package.
         dtype: one of ``DTYPES``; ``"auto"``: that of the checkpoint, or bfloat16 for a base that is quantised here.
         quantization: ``None``, or one of :data:`molora.quantization.QUANTIZATIONS`.
+        place: on this process's accelerator; False: where the engine that partitions the model wants it.
 
     Raises:
         FileNotFoundError: ``model`` is neither a directory with a model nor a hub id that can be loaded.
@@ -56,12 +60,12 @@ def load_base(model: str, *, dtype: str = "auto", quantization: str | None = Non
                 f"quantization={quantization!r}: {model!r} is stored quantised already and is loaded so; leave "
                 "quantization out"
             )
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = accelerator()
     with _named(model):
         loaded = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            device_map={"": device} if options or device.type != "cpu" else None,
+            device_map={"": device} if place and (options or device.type != "cpu") else None,
             **options,
         )
     keep_gradients_on_cpu(loaded)

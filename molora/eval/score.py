@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from molora.eval.encode import IGNORED, Example, collate, encode_example, num_unknown, pad
 from molora.eval.metrics import METRICS, exact_match, last_number, majority, mean_interval
+from molora.eval.ranks import connected_ranks, device_of, gathered, is_partitioned, own_share
 from molora.eval.results import wilson
 from molora.eval.rows import load_rows
 from molora.eval.tasks import NullFieldError, TaskConfig
@@ -42,7 +43,7 @@ def score_task(
     batch_size: int,
     progress: Callable[[int, int], None] = lambda rows, total: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Scores one task.
+    """Scores one task. Several processes share its batches, and each gets all results: those of one process.
 
     Args:
         model: in eval mode.
@@ -60,22 +61,22 @@ def score_task(
     """
     limit = context_length(model, max_length)
     fitting, num_skipped = load_examples(task, tokenizer, limit)
-    predictions: list[dict[str, Any]] = [{}] * len(fitting)
+    found: list[tuple[int, dict[str, Any]]] = []
+    batches = list(_batches(fitting, batch_size, limit))
     tokens = (task.eval and task.eval.max_new_tokens) or max(len(e.answer_ids) for e in fitting) + 8
-    for batch in _batches(fitting, batch_size, limit):
+    for turn, batch in enumerate(own_share(batches)):
         rows = [fitting[index] for index in batch]
         if task.metric == "choice":
             outcomes = _score_choices(model, tokenizer, rows)
         else:
             outcomes = _score_generations(model, tokenizer, rows, tokens, limit, task.metric)
         for index, outcome in zip(batch, outcomes, strict=True):
-            predictions[index] = {
-                "task": task.name,
-                "prompt": fitting[index].prompt,
-                "answer": fitting[index].answer,
-                **outcome,
-            }
-        progress(len(batch), len(fitting))
+            told = {"task": task.name, "prompt": fitting[index].prompt, "answer": fitting[index].answer}
+            found.append((index, told | outcome))
+        together = batches[turn * connected_ranks() :][: connected_ranks()]  # what the processes score at this time
+        progress(sum(map(len, together)), len(fitting))
+    by_index = dict(gathered(found))
+    predictions = [by_index[index] for index in range(len(fitting))]
     scores = [p.get("score", p["correct"]) for p in predictions]
     entry = {
         "metric": task.metric,
@@ -145,7 +146,7 @@ def _batches(examples: Sequence[Example], size: int, limit: int | None) -> Itera
     yield batch
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP2 and ZeRO-3 keep gathered weights, which training then uses
 def _score_generations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -165,10 +166,11 @@ def _score_generations(
         pad_token_id=tokenizer.eos_token_id,
     )
     out = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
+        input_ids=ids.to(device_of(model)),
+        attention_mask=mask.to(device_of(model)),
         generation_config=config,
         tokenizer=tokenizer,
+        synced_gpus=is_partitioned(model),
     )
     texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     outcomes: list[dict[str, Any]] = []
@@ -186,7 +188,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return sorted(token for token in tokens if token is not None)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _score_choices(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Example]
 ) -> list[dict[str, Any]]:
@@ -194,7 +196,7 @@ def _score_choices(
     flat = [(row.prompt_ids, choice) for row in rows for choice in row.choice_ids]
     ids = pad([prompt for prompt, _ in flat], 0)
     mask = pad([[1] * len(prompt) for prompt, _ in flat], 0)
-    with prompts(model, ids.to(model.device), mask.to(model.device), tokenizer):
+    with prompts(model, ids.to(device_of(model)), mask.to(device_of(model)), tokenizer):
         scores = choice_log_likelihoods(model, flat).tolist()
     outcomes = []
     for row in rows:
@@ -221,7 +223,7 @@ def choice_log_likelihoods(model: PreTrainedModel, pairs: Sequence[tuple[list[in
         row changes nothing in front of it.
     """
     rows = [{"input_ids": p + c, "labels": [IGNORED] * len(p) + c} for p, c in pairs]
-    batch = {key: value.to(model.device) for key, value in collate(rows).items()}
+    batch = {key: value.to(device_of(model)) for key, value in collate(rows).items()}
     labels_BS = batch.pop("labels")[:, 1:]
     logits_BSV = model(**batch, use_cache=False).logits[:, :-1].float()
     losses_BS = torch.nn.functional.cross_entropy(

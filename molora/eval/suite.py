@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molora.eval import results
+from molora.eval.ranks import is_first
 from molora.eval.score import load_examples, score_task
 from molora.eval.strict import build, read_yaml
 from molora.eval.tasks import TaskConfig, eval_task
@@ -128,7 +129,7 @@ def run_suite(
         )
         predictions += rows
     model.train(was_training)
-    if predictions_path is not None:
+    if predictions_path is not None and is_first():
         results.write_text(predictions_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
     return {
         **results.header(model, name, seed),

@@ -15,6 +15,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from molora.equal_lora import active_parameters
+from molora.eval.ranks import is_first
 from molora.eval.results import parameters
 
 out = Console()
@@ -31,11 +32,15 @@ def quiet() -> None:
     import torch
     import transformers
 
+    out.quiet = err.quiet = not is_first()
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, logs that it guesses so
 
     # PEFT asks transformers for a name that it has renamed.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    # DeepSpeed calls what torch has renamed, and accelerate remarks that it follows DeepSpeed's accumulation.
+    warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     # A file that cannot be read is reported once, by our own sentence.
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     datasets.disable_progress_bars()

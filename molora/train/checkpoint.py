@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from molora.eval.disk import writing
+from molora.integrations.accelerate import use_fsdp_without_gpu
+from molora.integrations.deepspeed import load_gathered, save_gathered
 from molora.train.durable import keep_newest, last_whole_checkpoint, publish, sync, sync_directory, write_checksums
 from molora.train.optimizer import loraplus_optimizer
 from molora.train.sampling import LengthGroupedSampler, row_lengths
@@ -19,6 +21,11 @@ from molora.train.task_loss import TaskLosses
 
 PARTIAL = ".partial"
 """Directory inside output_dir for what is being written; the search for ``checkpoint-*`` does not look into it."""
+
+
+def ranks_of(checkpoint: str) -> int:
+    """Processes that wrote a checkpoint: each leaves its random numbers."""
+    return len(list(Path(checkpoint).glob("rng_state_*.pth"))) or 1
 
 
 class LogAtSaves(TrainerCallback):
@@ -44,7 +51,10 @@ class AtomicTrainer(Trainer):
     """
 
     _partial: Path | None = None
+    when_prepared: Callable[[], None] = staticmethod(lambda: None)
+    """Called when the engine holds the model, before the first step."""
     optimizer: Any
+    is_fsdp_enabled: bool
     task_losses: TaskLosses | None = None
     """Where set, batches hold ``task`` (B,), and the log the loss of each task."""
     loraplus_lr_ratio: float | None = None
@@ -58,6 +68,34 @@ class AtomicTrainer(Trainer):
             made = loraplus_optimizer(model, cls, options, self.loraplus_lr_ratio, self.args.weight_decay)
             self.optimizer = made
         return super().create_optimizer(model) if made is None else made
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            use_fsdp_without_gpu(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        checkpoint = resume_from_checkpoint
+        if checkpoint is None or not self.is_deepspeed_enabled or ranks_of(checkpoint) == self.args.world_size:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
+        else:
+            self._load_from_checkpoint(checkpoint)
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+            load_gathered(self.deepspeed, Path(checkpoint))
+            self._load_optimizer_and_scheduler(checkpoint)
+        self.when_prepared()
+        return prepared
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_deepspeed_enabled:
+            save_gathered(self.deepspeed, Path(output_dir))
+
+    def prepare_finished(self, state: TrainerState, checkpoint: str | None) -> None:
+        """Hands the model to the engine and loads its last checkpoint, without a step."""
+        self._prepare_for_training(state.max_steps, None, checkpoint)
+        self.state = state
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -13,6 +13,7 @@ from transformers import TrainerState
 from molora.eval.disk import check_directory
 from molora.eval.strict import parse_yaml
 from molora.train.durable import checkpoints, last_whole_checkpoint
+from molora.train.global_batch import check_global_batch
 from molora.train.recipe import Recipe, recipe_yaml
 
 RECIPE_FILE, RESULTS_FILE, BEFORE_FILE, CURVE_FILE = "recipe.yaml", "results.json", "before.json", "loss_curve.json"
@@ -48,7 +49,8 @@ def find_checkpoint(recipe: Recipe, *, resume: bool, warn: Callable[[str], Any] 
             f"{recipe.output_dir} holds no run to resume; check training.output_dir, or start one without --resume"
         )
     if saved.is_file():
-        began, now = _flat(parse_yaml(saved.read_text(encoding="utf-8"))), _flat(parse_yaml(recipe_yaml(recipe)))
+        stored = parse_yaml(saved.read_text(encoding="utf-8"))
+        began, now = _flat(stored), _flat(parse_yaml(recipe_yaml(recipe)))
         keys = (began.keys() | now.keys()) - NOT_THE_RUN
         changed = sorted(key for key in keys if began.get(key) != now.get(key))
         if changed:
@@ -57,6 +59,7 @@ def find_checkpoint(recipe: Recipe, *, resume: bool, warn: Callable[[str], Any] 
                 f"--resume continues the run exactly as it began, but the recipe changed ({shown}); "
                 "undo that or start anew"
             )
+        check_global_batch(recipe.output_dir, stored["training"], recipe.training)
     last, damaged = last_whole_checkpoint(recipe.output_dir)
     if damaged and last is None:
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from molora.eval.strict import apply_overrides, build, read_yaml
 from molora.eval.suite import Suite
 from molora.eval.tasks import TaskConfig
 from molora.suggest import unknown_key_message
+from molora.train.engine import check_engine
 from molora.train.optimizer import OptimizerConfig
 from molora.train.settings import check_lora, check_packing, check_streaming, check_training
 
@@ -119,6 +120,7 @@ class Recipe:
         if len(set(names)) < len(names):
             raise ValueError(f"recipe: two tasks have the same name (tasks: {', '.join(names)}); rename one")
         check_training(self.training)
+        check_engine(self.training)
         self._check_optimizer()
         if self.mixing.streaming:
             check_streaming(self.training)
@@ -171,6 +173,20 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         ValueError: one sentence that names the section, the key, and the nearest valid key.
     """
     return build(Recipe, apply_overrides(read_yaml(path), overrides or []), "recipe")
+
+
+def with_deepspeed(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with ``training.deepspeed`` set.
+
+    Raises:
+        ValueError: the recipe has one, or there is no such configuration.
+    """
+    own = recipe.training.get("deepspeed")
+    if own is not None:
+        raise ValueError(
+            f"--deepspeed {name} and recipe.training.deepspeed={own!r} both choose the engine; give one of them"
+        )
+    return replace(recipe, training={**recipe.training, "deepspeed": name})
 
 
 def recipe_yaml(recipe: Recipe) -> str:

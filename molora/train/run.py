@@ -20,12 +20,16 @@ from molora.eval.disk import check_directory, writing
 from molora.eval.encode import collate
 from molora.eval.memory import enough_memory
 from molora.eval.models import load_base, load_tokenizer
+from molora.eval.ranks import is_first, wait_for_all
 from molora.eval.results import header, peak_memory_bytes, write_json, write_text
 from molora.eval.score import context_length
 from molora.eval.suite import check_suite, run_suite
 from molora.init_experts import initialize_eva_weights
+from molora.integrations.deepspeed import whole
 from molora.train.checkpoint import LogAtSaves
+from molora.train.engine import engine_arguments, partitions
 from molora.train.flops import peak_flops
+from molora.train.global_batch import write_global_batch
 from molora.train.mixing import TaskReport, mixed_dataset
 from molora.train.output import (
     BEFORE_FILE,
@@ -71,7 +75,12 @@ def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, li
     seed = args.seed
     check_directory(recipe.output_dir, "training.output_dir")
     with enough_memory("loading the base", lambda: "set base.dtype to bfloat16, or base.quantization to nf4"):
-        base = load_base(recipe.base.model, dtype=recipe.base.dtype, quantization=recipe.base.quantization)
+        base = load_base(
+            recipe.base.model,
+            dtype=recipe.base.dtype,
+            quantization=recipe.base.quantization,
+            place=not partitions(args),
+        )
     tokenizer = load_tokenizer(recipe.base.model)
     limit = context_length(base, recipe.sequence.max_length)
     if recipe.suite is not None and (recipe.evaluation.before or recipe.evaluation.after):
@@ -92,7 +101,8 @@ def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, li
         )
     labels = task_labels(recipe, config)
     mix = mixed_stream if recipe.mixing.streaming else mixed_dataset
-    rows, reports = mix(recipe.tasks, tokenizer, recipe.mixing, recipe.sequence, limit, labels)
+    with args.main_process_first(local=True):
+        rows, reports = mix(recipe.tasks, tokenizer, recipe.mixing, recipe.sequence, limit, labels)
     set_seed(seed)
     if recipe.mixture is not None and "adapters" in recipe.mixture:
         model = mixture_of_adapters(base, recipe.mixture)
@@ -100,7 +110,8 @@ def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, li
     else:
         model = get_peft_model(base, config)
     if router is not None and router.has_centroids:
-        model.set_centroids(example_texts(rows, recipe, tokenizer), tokenizer)
+        with whole(base):
+            model.set_centroids(example_texts(rows, recipe, tokenizer), tokenizer)
     if recipe.sequence.packing:
         assert limit is not None
         rows = packed(rows, limit, recipe.mixing.seed)
@@ -186,14 +197,20 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.accelerator.is_available(),
+        # Without it transformers takes processes without a GPU for so many lone ones.
+        "use_cpu": not torch.accelerator.is_available(),
     }
     streamed: dict[str, Any] = {}
     if recipe.mixing.streaming:
         # Each process reads its own rows: one that dispatches would join batches that are padded to other lengths.
         streamed["accelerator_config"] = (recipe.training.get("accelerator_config") or {}) | {"dispatch_batches": False}
     check_services(recipe.training)
+    options = defaults | recipe.training | engine_arguments(recipe.training) | streamed
     try:
-        return TrainingArguments(**defaults | recipe.training | streamed, remove_unused_columns=False)
+        args = TrainingArguments(**options, remove_unused_columns=False)
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # one process would copy the model to all its GPUs; several GPUs want a launcher
+        return args
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"recipe.training: {error}") from error
 
@@ -258,12 +275,16 @@ def train(
     show_reports(model, reports, rows)
     args = training_arguments(recipe)
     if checkpoint is None and getattr(model.active_peft_config, "init_lora_weights", None) == "eva":
-        initialize_from_data(model, rows, args.per_device_train_batch_size)
+        with whole(model):
+            initialize_from_data(model, rows, args.per_device_train_batch_size)
     trainer = make_trainer(recipe, args, model, tokenizer, rows, callbacks or [], warn)
-    # Only now, so that a recipe whose data cannot be read does not claim the directory.
+    # Only now, so that a recipe whose data cannot be read does not claim the directory, and every process saw it free.
+    wait_for_all()
     with writing(str(recipe.output_dir), "make room and start again"):
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
-        write_text(recipe.output_dir / RECIPE_FILE, recipe_yaml(recipe))
+        if is_first():
+            write_text(recipe.output_dir / RECIPE_FILE, recipe_yaml(recipe))
+            write_global_batch(recipe.output_dir, recipe.training)
 
     def score(when: str) -> dict[str, Any] | None:
         if recipe.suite is None or not getattr(recipe.evaluation, when):
@@ -281,21 +302,33 @@ def train(
                 progress=score_progress,
             )
 
-    with writing(f"the scores in {recipe.output_dir}", "make room and continue with --resume"):
-        before = _before(recipe, score, resume=resume)
+    before: dict[str, Any] | None = None
+
+    def score_before() -> None:
+        nonlocal before
+        with writing(f"the scores in {recipe.output_dir}", "make room and continue with --resume"):
+            before = _before(recipe, score, resume=resume)
+
+    if partitions(args):
+        trainer.when_prepared = score_before
+    else:
+        score_before()
     if finished is None:
         with (
             enough_memory("a training step", partial(smaller_steps, recipe, args)),
             writing("the log", "make room and continue with --resume"),
         ):
             trainer.train(resume_from_checkpoint=checkpoint)
+    elif partitions(args):
+        trainer.prepare_finished(finished, checkpoint)
     else:
         # Another call of train would take one more step.
         trainer.state = finished
         model.load_adapter(checkpoint, "default", is_trainable=True)
     trainer.save_final()
     with writing(f"the results in {recipe.output_dir}", "the adapter is whole; make room and continue with --resume"):
-        write_json(recipe.output_dir / CURVE_FILE, trainer.state.log_history)
+        if is_first():
+            write_json(recipe.output_dir / CURVE_FILE, trainer.state.log_history)
         results = score("after") or _unscored(recipe, model, args.seed)
         results |= {
             "before": before,
@@ -309,7 +342,8 @@ def train(
             "seconds": time.perf_counter() - began,
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        write_json(recipe.output_dir / RESULTS_FILE, results)
+        if is_first():
+            write_json(recipe.output_dir / RESULTS_FILE, results)
     return results
 
 
@@ -353,7 +387,8 @@ def _before(recipe: Recipe, score: Callable[[str], dict[str, Any] | None], *, re
     before = score("before")
     if before is not None:
         before = {key: before[key] for key in ("tasks", "average", "predictions")}
-        write_json(path, before)
+        if is_first():
+            write_json(path, before)
     return before
 
 

@@ -163,5 +163,6 @@ def _check_type(where: str, value: Any, annotation: Any) -> None:
 def _types() -> dict[str, Any]:
     from transformers import TrainingArguments
 
-    hints = get_type_hints(TrainingArguments)
+    # It is annotated as text for its old spelling, and takes true.
+    hints = get_type_hints(TrainingArguments) | {"fsdp": bool | str | None}
     return {field.name: hints[field.name] for field in fields(TrainingArguments) if field.init}

@@ -1,5 +1,5 @@
-"""Router losses under DDP, ZeRO-2 and ZeRO-3 on two CPU ranks, each with its own data: against one process with the
-same partition into micro-batches. One launch runs every cell, because starting takes longer than a cell."""
+"""Router losses under DDP, FSDP2 and ZeRO-1, 2, 3 on two CPU ranks, each with its own data: against one process with
+the same partition into micro-batches. One launch runs every cell, because starting takes longer than a cell."""
 
 from __future__ import annotations
 
@@ -36,7 +36,12 @@ _TURNS = itertools.cycle(
 
 
 def _cell(
-    stage: int, trainer: str, checkpointing: str, accumulation: int, from_pretrained: bool = False, placement: str = ""
+    stage: int | str,
+    trainer: str,
+    checkpointing: str,
+    accumulation: int,
+    from_pretrained: bool = False,
+    placement: str = "",
 ) -> dict[str, Any]:
     turn, pool, zero_B, padding = next(_TURNS)
     return {
@@ -54,7 +59,7 @@ def _cell(
 
 # DDP first: once DeepSpeed is configured in a process, accelerate keeps using it. DDP itself refuses reentrant
 # checkpointing here, because PEFT models run with find_unused_parameters.
-def _preset(stage: int, checkpointing: str, accumulation: int, preset: str, over: str = "") -> dict[str, Any]:
+def _preset(stage: int | str, checkpointing: str, accumulation: int, preset: str, over: str = "") -> dict[str, Any]:
     return _cell(stage, "trainer", checkpointing, accumulation) | {"preset": preset, "over": over}
 
 
@@ -66,6 +71,15 @@ CELLS = (
         _cell(0, "trainer", "none", 4),
         _cell(0, "trainer", "non-reentrant", 1),
         _cell(0, "sft", "non-reentrant", 4),
+        _preset("fsdp", "non-reentrant", 4, "smora"),
+        _preset("fsdp", "none", 2, "mixlora", "window"),
+        _cell("fsdp", "trainer", "none", 4, placement="ffn"),
+        _cell("fsdp", "trainer", "non-reentrant", 2, placement="block"),
+        _cell("fsdp", "trainer", "none", 2, placement="linear") | {"optimizer": "riemannian-loraplus"},
+        _preset(1, "non-reentrant", 4, "smora"),
+        _preset(1, "none", 2, "mixlora", "ranks"),
+        _cell(1, "trainer", "reentrant", 4),
+        _cell(1, "trainer", "none", 2, placement="linear") | {"optimizer": "riemannian-loraplus"},
     ]
     + [
         _cell(stage, "trainer", checkpointing, accumulation)
@@ -93,7 +107,7 @@ CELLS = (
 
 
 def _name(cell: dict[str, Any]) -> str:
-    engine = f"zero{cell['stage']}" if cell["stage"] else "ddp"
+    engine = cell["stage"] if cell["stage"] == "fsdp" else f"zero{cell['stage']}" if cell["stage"] else "ddp"
     loaded = "-from_pretrained" if cell["from_pretrained"] else ""
     what = "{preset}-{over}".format(**cell).rstrip("-") if "preset" in cell else cell["placement"]
     what += f"-{cell['optimizer']}" if "optimizer" in cell else ""

@@ -41,6 +41,7 @@ from gradients import (
 )
 from router_formulas import bias_step, chosen_counts, loads
 from tiny_models import preset_model
+from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from molora.train.checkpoint import AtomicTrainer
@@ -59,6 +60,25 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
+
+
+def engine_options(stage: int | str) -> dict[str, Any]:
+    """Training arguments of a stage of ZeRO, of DDP (0), or of FSDP2."""
+    if stage == "fsdp":
+        return {"fsdp": True}
+    return {"deepspeed": deepspeed_config(int(stage))} if stage else {}
+
+
+class CaptureWhole(CaptureGradients):
+    """Of FSDP2: the gradients put together."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        found = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+        self.steps.append({n: grad.clone() for n, grad in found.items()})
+
+
+def capture_for(stage: int | str) -> Any:
+    return CaptureWhole() if stage == "fsdp" else CaptureBeforeStep() if stage else CaptureGradients()
 
 
 class CaptureBeforeStep(TrainerCallback):
@@ -146,12 +166,9 @@ def run_preset(cell: dict[str, Any], world: int) -> float:
         return model
 
     with tempfile.TemporaryDirectory() as folder:
-        options = training_options(accumulation, cell["checkpointing"], steps, folder)
-        capture: Any = CaptureGradients()
-        if cell["stage"]:
-            options |= {"deepspeed": deepspeed_config(cell["stage"])}
-            capture = CaptureBeforeStep()
-        trainer = make_trainer(cell["trainer"], make_model, batches, options, callbacks=[capture])
+        options = training_options(accumulation, cell["checkpointing"], steps, folder) | engine_options(cell["stage"])
+        capture = capture_for(cell["stage"])
+        trainer = make_trainer(cell["trainer"], make_model, batches, options, AtomicTrainer, callbacks=[capture])
         collate = trainer.data_collator
 
         def watched(rows: list[dict[str, int]]) -> Batch:
@@ -180,11 +197,8 @@ def run_cell(cell: dict[str, Any], base_dir: str, world: int) -> float:
     batches = micro_batches(accumulation * world, cell["padding"])
     want = hand_written(mixture(placement, zero_B, pool), batches, token_weights(batches), pool)
     with tempfile.TemporaryDirectory() as folder:
-        options = training_options(accumulation, checkpointing, 2, folder)
-        capture: Any = CaptureGradients()
-        if cell["stage"]:
-            options |= {"deepspeed": deepspeed_config(cell["stage"])}
-            capture = CaptureBeforeStep()
+        options = training_options(accumulation, checkpointing, 2, folder) | engine_options(cell["stage"])
+        capture = capture_for(cell["stage"])
 
         def make_model() -> torch.nn.Module:
             base = None
@@ -195,7 +209,7 @@ def run_cell(cell: dict[str, Any], base_dir: str, world: int) -> float:
                 model.enable_input_require_grads()
             return model
 
-        trainer = make_trainer(cell["trainer"], make_model, batches, options, callbacks=[capture])
+        trainer = make_trainer(cell["trainer"], make_model, batches, options, AtomicTrainer, callbacks=[capture])
         capture.trainer = trainer
         trainer.train()
     assert len(capture.steps) == 2
@@ -215,10 +229,10 @@ def run_optimizer(cell: dict[str, Any], world: int) -> float:
             model.enable_input_require_grads()
         return model
 
-    capture: Any = CaptureBeforeStep()
+    capture = capture_for(cell["stage"])
     with tempfile.TemporaryDirectory() as folder:
         options = training_options(cell["accumulation"], cell["checkpointing"], 1, folder)
-        options |= {"deepspeed": deepspeed_config(cell["stage"]), "learning_rate": 1.0}
+        options |= engine_options(cell["stage"]) | {"learning_rate": 1.0}
         trainer: Any = make_trainer("trainer", make_model, batches, options, AtomicTrainer, callbacks=[capture])
         trainer.loraplus_lr_ratio = ratio
         capture.trainer = trainer
@@ -227,7 +241,8 @@ def run_optimizer(cell: dict[str, Any], world: int) -> float:
     for name, parameter in trainer.model.named_parameters():
         if name in want:
             with deepspeed.zero.GatheredParameters([parameter], enabled=cell["stage"] == 3):
-                moved[name] = before[name].detach() - parameter.detach()
+                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                moved[name] = before[name].detach() - whole.detach()
             steps[name] = want[name] * (ratio if "lora_B" in name else 1.0)
     return max(relative_error(capture.steps[0], want), relative_error(moved, steps))
 
