@@ -103,8 +103,8 @@ def parameters(model: torch.nn.Module) -> dict[str, int]:
         for adapter, containers in getattr(module, "frozen_peft_weight_names", {}).items()
         for container in containers
     }
-    trainable = sum(size[p] for n, p in own.items() if n.rpartition(".")[0] + "." not in frozen)
-    return {"trainable": trainable, "base": total - sum(size[p] for p in own.values()), "total": total}
+    trainable = sum(num_weights(p) for n, p in own.items() if n.rpartition(".")[0] + "." not in frozen)
+    return {"trainable": trainable, "base": total - sum(num_weights(p) for p in own.values()), "total": total}
 
 
 def write_json(path: str | Path, data: Any) -> None:
