@@ -98,6 +98,8 @@ CELLS = (
         _cell(3, "trainer", "reentrant", 4, True, "linear"),
         _cell(3, "trainer", "non-reentrant", 1, True, "block"),
         _cell(3, "trainer", "none", 1, True, "ffn"),
+        _cell(3, "trainer", "non-reentrant", 2, placement="linear") | {"as_on_gpu": True},
+        _cell(3, "trainer", "none", 2, placement="ffn") | {"as_on_gpu": True},
     ]
     + [
         _cell(2, "trainer", "non-reentrant", 2, placement="block") | {"optimizer": "riemannian-loraplus"},
@@ -111,6 +113,7 @@ def _name(cell: dict[str, Any]) -> str:
     loaded = "-from_pretrained" if cell["from_pretrained"] else ""
     what = "{preset}-{over}".format(**cell).rstrip("-") if "preset" in cell else cell["placement"]
     what += f"-{cell['optimizer']}" if "optimizer" in cell else ""
+    what += "-as_on_gpu" if "as_on_gpu" in cell else ""
     return f"{engine}-" + "{trainer}-{checkpointing}-acc{accumulation}-".format(**cell) + what + loaded
 
 

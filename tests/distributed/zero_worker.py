@@ -7,13 +7,16 @@ router with a bias, that bias after each step too. Arguments: the cells as JSON,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -44,6 +47,7 @@ from tiny_models import preset_model
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, TrainerCallback
 
+from molora.kernels import selection
 from molora.train.checkpoint import AtomicTrainer
 
 
@@ -247,6 +251,13 @@ def run_optimizer(cell: dict[str, Any], world: int) -> float:
     return max(relative_error(capture.steps[0], want), relative_error(moved, steps))
 
 
+@contextlib.contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Layers ask, as on a GPU, whether their kernels may read parameters early; of partitioned ones they may not."""
+    with patch.object(selection, "reads_first", lambda x: True), patch.object(selection, "fuses_ffn", lambda *a: True):
+        yield
+
+
 def main() -> None:
     torch.distributed.init_process_group("gloo")
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -254,10 +265,12 @@ def main() -> None:
         start = time.perf_counter()
         result: dict[str, Any] = {"cell": cell}
         try:
-            if cell.get("optimizer"):
-                result["error"] = run_optimizer(cell, world)
-            else:
-                result["error"] = run_preset(cell, world) if cell.get("preset") else run_cell(cell, sys.argv[2], world)
+            with as_on_gpu() if cell.get("as_on_gpu") else contextlib.nullcontext():
+                if cell.get("optimizer"):
+                    result["error"] = run_optimizer(cell, world)
+                else:
+                    preset = cell.get("preset")
+                    result["error"] = run_preset(cell, world) if preset else run_cell(cell, sys.argv[2], world)
         except Exception:
             result["failure"] = traceback.format_exc()
             print(f"rank {rank}: {result['failure']}", file=sys.stderr, flush=True)
