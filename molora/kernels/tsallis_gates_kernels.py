@@ -19,7 +19,7 @@ def _softmax(logits_ptr, row, cols, inside, at, T, E: tl.constexpr):
     logits = tl.where(row[:, None] < T, logits, tl.where(cols < E, 0.0, float("-inf")))
     powers = tl.exp(logits - tl.max(logits, 1)[:, None])
     # Rounded to nearest, as the router's: equal logits meet a threshold alike.
-    return tl.div_rn(powers, tl.broadcast_to(tl.sum(powers, 1)[:, None], powers.shape))
+    return tl.div_rn(powers, tl.sum(powers, 1)[:, None])
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def tsallis_fwd_kernel(
     soft = probs * chosen
     gates = soft
     if NORM:
-        gates = tl.div_rn(soft, tl.broadcast_to(tl.sum(soft, 1)[:, None], soft.shape))
+        gates = tl.div_rn(soft, tl.sum(soft, 1)[:, None])
     tl.store(gates_ptr + at, gates, inside)
     if STATS:
         one = tl.where(row < T, 1.0, 0.0)
