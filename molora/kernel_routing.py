@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from molora.kernels import gates, launch
-from molora.routers import RankWise, Router, Routing, Tokens, TopK
+import torch
+
+from molora.kernels import gates, launch, tsallis_gates
+from molora.routers import RankWise, Router, Routing, Tokens, TopK, Tsallis
 from molora.routers.rank_wise import RankWiseRouter
 
 
@@ -40,4 +42,23 @@ def kernel_routing(router: Router, tokens: Tokens, with_stats: bool) -> Routing 
             with_stats=with_stats,
         )
         return Routing(*found, False)
+    if isinstance(config, Tsallis):
+        if config.balance_over == "sample" or logits.dtype != torch.float32:
+            return None
+        weights, stats = tsallis_gates.tsallis_gates(
+            logits,
+            tokens.mask,
+            q=config.q,
+            eps=config.entropy_eps,
+            renyi=config.entropy == "renyi",
+            threshold=config.entropy_threshold,
+            top_p=config.top_p or 0.0,
+            keep_top_k=config.keep_top_k,
+            include_crossing=config.include_crossing,
+            norm_topk_prob=config.norm_topk_prob,
+            with_stats=with_stats,
+            mask_losses=not config.count_padding,
+            mask_entropy=not (config.count_padding or config.entropy_over_padding),
+        )
+        return Routing(weights, None, stats, config.norm_topk_prob)
     return None

@@ -17,7 +17,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="these kernels are Triton's")
 from molora.kernel_routing import kernel_routing
 from molora.kernels import gates, ranks
-from molora.routers import Centroid, RankWise, Router, Routing, Softmax, Threshold, Tokens, TopK, TopP, Tsallis
+from molora.routers import Centroid, RankWise, Router, Routing, Softmax, Threshold, Tokens, TopK, TopP
 from molora.routers.rank_wise import RankWiseRouter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -236,7 +236,6 @@ REFUSED: dict[str, tuple[Any, bool]] = {  # config, whether it has a kernel outs
     "balance-per-sample": (TopK(balance_over="sample"), False),
     "task-loss": (TopK(task_loss_coef=0.1), False),
     "bias-moves-in-forward": (RankWise(active_ranks=2, bias_update="forward"), True),
-    "tsallis": (Tsallis(), False),
     "top-p": (TopP(), False),
     "softmax": (Softmax(), False),
     "threshold": (Threshold(), False),

@@ -37,19 +37,28 @@ class _Options(NamedTuple):
     bias_in_gates: bool = True
 
 
-def _shape(logits: Tensor) -> dict[str, int]:
+def tile_shape(logits: Tensor) -> dict[str, int]:
+    """What every kernel is told of logits (T, E): E, and the tokens and the columns that one program holds."""
     E = logits.shape[1]
     return {"E": E, "BLOCK_T": max(1, min(64, 4096 // power_of_2(E))), "BLOCK_E": max(2, power_of_2(E))}
 
 
-def _outputs(logits: Tensor, top_k: int, size: int, block_t: int) -> tuple[Tensor, Tensor, Tensor]:
-    gates = torch.empty_like(logits)
-    ids = torch.empty(len(logits), top_k, dtype=torch.int64, device=logits.device)
+def new_ids(logits: Tensor, top_k: int) -> Tensor:
+    return torch.empty(len(logits), top_k, dtype=torch.int64, device=logits.device)
+
+
+def new_sums(logits: Tensor, size: int, block_t: int) -> Tensor:
+    """(programs, S) fp32 for the sums of every program's tokens; zeros where there are no tokens."""
     sums = torch.empty(max(1, blocks(len(logits), block_t)), size, device=logits.device)
-    return gates, ids, sums if len(logits) else sums.zero_()
+    return sums if len(logits) else sums.zero_()
 
 
-def _means(sums: Tensor, common: int, mask_losses: bool) -> Tensor:
+def means(sums: Tensor, unmasked: tuple[int, int] = (0, 0)) -> Tensor:
+    """Statistics (S,) fp32 of the sums of all programs (programs, S).
+
+    Args:
+        unmasked: first and behind the last of the columns that are means over all tokens, padding too.
+    """
     from molora.kernels import gates_kernels
 
     programs, size = sums.shape
@@ -57,7 +66,7 @@ def _means(sums: Tensor, common: int, mask_losses: bool) -> Tensor:
     block_s = power_of_2(size)
     block_p = min(power_of_2(programs), max(1, 8192 // block_s))
     gates_kernels.means_kernel[(1,)](
-        sums, stats, programs, S=size, COMMON=common, MASK_LOSSES=mask_losses, BLOCK_P=block_p, BLOCK_S=block_s
+        sums, stats, programs, S=size, FIRST=unmasked[0], LAST=unmasked[1], BLOCK_P=block_p, BLOCK_S=block_s
     )
     return stats
 
@@ -67,9 +76,10 @@ class _TopK(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, mask: Tensor | None, options: _Options) -> tuple[Tensor, Tensor, Tensor]:
         from molora.kernels import gates_kernels
 
-        shape = _shape(logits)
+        shape = tile_shape(logits)
         E, size = shape["E"], 7 + 4 * shape["E"]
-        gates, ids, sums = _outputs(logits, options.top_k, size, shape["BLOCK_T"])
+        gates, ids = torch.empty_like(logits), new_ids(logits, options.top_k)
+        sums = new_sums(logits, size, shape["BLOCK_T"])
         mask_losses = options.mask_losses and mask is not None
         if len(logits):
             gates_kernels.top_k_fwd_kernel[(len(sums),)](
@@ -89,7 +99,7 @@ class _TopK(torch.autograd.Function):
                 ENTROPY=math.log(max(E, 2)),
                 **shape,
             )
-        stats = _means(sums, 5 + 2 * E, mask_losses) if options.with_stats else sums
+        stats = means(sums, (0, 0) if mask_losses else (5 + 2 * E, size)) if options.with_stats else sums
         ctx.options, ctx.mask_losses = options, mask_losses
         ctx.mark_non_differentiable(ids)
         ctx.set_materialize_grads(False)
@@ -103,7 +113,7 @@ class _TopK(torch.autograd.Function):
 
         logits, mask, ids, stats = ctx.saved_tensors
         options: _Options = ctx.options
-        shape = _shape(logits)
+        shape = tile_shape(logits)
         grad = torch.empty_like(logits)
         has_stats = options.with_stats and grad_stats is not None
         if grad_gates is None:
@@ -135,9 +145,10 @@ class _RankWise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         from molora.kernels import gates_kernels
 
-        shape = _shape(logits)
+        shape = tile_shape(logits)
         E, size = shape["E"], 5 + 2 * shape["E"]
-        gates, ids, sums = _outputs(logits, options.top_k, size, shape["BLOCK_T"])
+        gates, ids = torch.empty_like(logits), new_ids(logits, options.top_k)
+        sums = new_sums(logits, size, shape["BLOCK_T"])
         if len(logits):
             gates_kernels.rank_wise_fwd_kernel[(len(sums),)](
                 logits,
@@ -156,7 +167,7 @@ class _RankWise(torch.autograd.Function):
                 ENTROPY=math.log(max(E, 2)),
                 **shape,
             )
-        stats = _means(sums, size, False) if options.with_stats else sums
+        stats = means(sums) if options.with_stats else sums
         ctx.options = options
         ctx.mark_non_differentiable(ids)
         ctx.set_materialize_grads(False)
@@ -173,7 +184,7 @@ class _RankWise(torch.autograd.Function):
             return None, None, None, None
         logits, bias_steps, ids = ctx.saved_tensors
         options: _Options = ctx.options
-        shape = _shape(logits)
+        shape = tile_shape(logits)
         grad = torch.empty_like(logits)
         if len(logits):
             gates_kernels.rank_wise_bwd_kernel[(blocks(len(logits), shape["BLOCK_T"]),)](

@@ -40,7 +40,7 @@ def _xlogx(p):
 
 
 @triton.jit
-def _add_usage(sums_ptr, cols, inside, weight, one, probs, gates, chosen, E: tl.constexpr, ENTROPY: tl.constexpr):
+def add_usage(sums_ptr, cols, inside, weight, one, probs, gates, chosen, E: tl.constexpr, ENTROPY: tl.constexpr):
     """The common statistics of one program's tokens, as sums."""
     p = probs / tl.maximum(tl.sum(probs, 1), 1e-20)[:, None]
     share = gates / tl.maximum(tl.sum(gates, 1), 1e-20)[:, None]
@@ -55,7 +55,7 @@ def _add_usage(sums_ptr, cols, inside, weight, one, probs, gates, chosen, E: tl.
 
 
 @triton.jit
-def _tile(T, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+def tile(T, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
     row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     cols = tl.arange(0, BLOCK_E)[None, :]
     return row, cols, (row[:, None] < T) & (cols < E), row[:, None] * E + cols
@@ -82,7 +82,7 @@ def top_k_fwd_kernel(
     BLOCK_E: tl.constexpr,
 ):
     """Softmax, choice, gates and sums. Grid: (blocks of tokens,); a program owns all experts of its tokens."""
-    row, cols, inside, at = _tile(T, E, BLOCK_T, BLOCK_E)
+    row, cols, inside, at = tile(T, E, BLOCK_T, BLOCK_E)
     logits = tl.load(logits_ptr + at, inside, float("-inf"))
     logits = tl.where(row[:, None] < T, logits, tl.where(cols < E, 0.0, float("-inf")))
     largest = tl.max(logits, 1)
@@ -103,7 +103,7 @@ def top_k_fwd_kernel(
         if MASKED:
             weight = tl.where(row < T, tl.load(mask_ptr + row, row < T, 0).to(tl.float32), 0.0)
         sums_ptr += tl.program_id(0) * S
-        _add_usage(sums_ptr, cols, inside, weight, one, probs, gates, chosen, E, ENTROPY)
+        add_usage(sums_ptr, cols, inside, weight, one, probs, gates, chosen, E, ENTROPY)
         own = weight if MASK_LOSSES else one
         z = largest + tl.log(total)
         tl.store(sums_ptr + 5 + 2 * E, tl.sum(z * z * own, 0))
@@ -133,7 +133,7 @@ def top_k_bwd_kernel(
     BLOCK_E: tl.constexpr,
 ):
     """Gradient of the logits from that of the gates and that of the losses' statistics. Grid as in the forward."""
-    row, cols, inside, at = _tile(T, E, BLOCK_T, BLOCK_E)
+    row, cols, inside, at = tile(T, E, BLOCK_T, BLOCK_E)
     logits = tl.load(logits_ptr + at, inside, float("-inf"))
     logits = tl.where(row[:, None] < T, logits, tl.where(cols < E, 0.0, float("-inf")))
     largest = tl.max(logits, 1)
@@ -187,7 +187,7 @@ def rank_wise_fwd_kernel(
     BLOCK_E: tl.constexpr,
 ):
     """``u = sigmoid(logits)``, the K largest of u + bias, gates ``K v / sum v``. Grid as for top-k."""
-    row, cols, inside, at = _tile(T, E, BLOCK_T, BLOCK_E)
+    row, cols, inside, at = tile(T, E, BLOCK_T, BLOCK_E)
     logits = tl.load(logits_ptr + at, inside, 0.0)
     scores = tl.where(cols < E, 1.0 / (1.0 + tl.exp(-logits)), 0.0)
     biased = scores + rate * tl.load(bias_ptr + cols, cols < E, 0).to(tl.float32)
@@ -200,7 +200,7 @@ def rank_wise_fwd_kernel(
         weight = one
         if MASKED:
             weight = tl.where(row < T, tl.load(mask_ptr + row, row < T, 0).to(tl.float32), 0.0)
-        _add_usage(sums_ptr + tl.program_id(0) * S, cols, inside, weight, one, scores, gates, chosen, E, ENTROPY)
+        add_usage(sums_ptr + tl.program_id(0) * S, cols, inside, weight, one, scores, gates, chosen, E, ENTROPY)
 
 
 @triton.jit
@@ -219,7 +219,7 @@ def rank_wise_bwd_kernel(
     BLOCK_E: tl.constexpr,
 ):
     """Gradient of the logits from that of the gates: only the chosen have one. Grid as in the forward."""
-    row, cols, inside, at = _tile(T, E, BLOCK_T, BLOCK_E)
+    row, cols, inside, at = tile(T, E, BLOCK_T, BLOCK_E)
     scores = 1.0 / (1.0 + tl.exp(-tl.load(logits_ptr + at, inside, 0.0)))
     value = scores
     if BIAS_IN_GATES:
@@ -241,12 +241,13 @@ def means_kernel(
     stats_ptr,  # (S,) out
     programs,
     S: tl.constexpr,
-    COMMON: tl.constexpr,
-    MASK_LOSSES: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Adds the sums of all programs, in order, and divides by the tokens. Grid: (1,)."""
+    """Adds the sums of all programs, in order, and divides by the tokens that count, or by all in the columns FIRST to
+    LAST - 1. Grid: (1,)."""
     cols = tl.arange(0, BLOCK_S)
     counts = tl.zeros((2,), tl.float32)
     total = tl.zeros((BLOCK_S,), tl.float32)
@@ -258,6 +259,5 @@ def means_kernel(
         counts += tl.sum(both, 0)
     tokens = tl.sum(tl.where(tl.arange(0, 2) == 0, counts, 0.0), 0)
     positions = tl.sum(tl.where(tl.arange(0, 2) == 1, counts, 0.0), 0)
-    of_losses = tokens if MASK_LOSSES else positions
-    divisor = tl.where(cols < COMMON, tl.maximum(tokens, 1.0), tl.maximum(of_losses, 1.0))
+    divisor = tl.maximum(tl.where((cols >= FIRST) & (cols < LAST), positions, tokens), 1.0)
     tl.store(stats_ptr + cols, tl.where(cols < 2, total, total / divisor), cols < S)

@@ -100,9 +100,9 @@ class BalancedRouterConfig(RouterConfig):
             grad_loads, grad_probs = grad[:, extra:].view(len(members), -1, 2, num_experts).unbind(2)
             grad_probs.copy_(load * (weight / len(members)))
             if self.soft_load:
-                for i, part in zip(members, grad_loads, strict=True):
-                    share = sites[i].share
-                    part.copy_(prob * (weight / len(members)) * (1.0 if share is None else share))
+                moved = prob * (weight / len(members))
+                shares = [s for i in members if (s := sites[i].share) is not None]
+                grad_loads.copy_(moved * torch.stack(shares).view(-1, 1, 1) if shares else moved)
             for i, row in zip(members, grad.unbind(), strict=True):
                 grads[i] = row
         return RouterLosses(value, grads)

@@ -25,9 +25,10 @@ def top_p_mask(probs: Tensor, top_p: float, keep_top_k: int, include_crossing: b
     """One where an expert is kept: (T, E).
 
     Experts are taken by falling probability while their running sum stays <= top_p, and the first `keep_top_k` always.
-    With `include_crossing` the one that crosses top_p is taken too, as in nucleus sampling.
+    With `include_crossing` the one that crosses top_p is taken too, as in nucleus sampling. Of equals the lower
+    expert comes first.
     """
-    sorted_probs, order = probs.sort(dim=-1, descending=True)
+    sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)
     running = sorted_probs.cumsum(-1)
     # The mass before the crossing expert is <= top_p; in MoE-PEFT's words, what comes after it is cut.
     kept = (running - sorted_probs if include_crossing else running) <= top_p
