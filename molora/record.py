@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from molora.routers import Router, SiteStats
 from molora.routers.base import common_size, split_statistics
+from molora.steering import TokenSteering
 from molora.window import Window
 
 
@@ -46,12 +47,14 @@ class ForwardInputs:
         token_mask: (T,) bool, or None: every token counts.
         task_labels: (B,) or (B, T) integers, the task of each row or token, or None.
         embeddings: for a router that reads something else than its module's input, by the router's name: (N, D).
+        steering: what a server does to the gates of its requests' tokens, or None.
     """
 
     rows: int | None = None
     token_mask: Tensor | None = None
     task_labels: Tensor | None = None
     embeddings: dict[str, Tensor] = field(default_factory=dict)
+    steering: TokenSteering | None = None
 
 
 @dataclass(eq=False)
