@@ -13,19 +13,26 @@ from molora.serve.tracing import TokenRouting
 
 @dataclass(slots=True)
 class Piece:
-    """A part of one answer: text, the routing of its tokens, and with the last one why it ends."""
+    """A part of one answer: the text of each of its tokens, where asked for their routing, and at last why it ends."""
 
-    text: str
-    tokens: int
+    texts: list[str]
     routing: list[TokenRouting] = field(default_factory=list)
     finish_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.texts)
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
     """The pieces of an answer as one."""
     routing = [token for piece in pieces for token in piece.routing]
     reason = pieces[-1].finish_reason if pieces else "length"
-    return Piece("".join(p.text for p in pieces), sum(p.tokens for p in pieces), routing, reason)
+    return Piece([text for piece in pieces for text in piece.texts], routing, reason)
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -82,14 +89,16 @@ class Format:
     def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "finish_reason": piece.finish_reason, "logprobs": None}
         if self.routed is not None:
-            choice["routed_experts"] = self._routed(piece.routing)
+            choice["routed_experts"] = self._routed(piece)
         return choice
 
-    def _routed(self, routing: Sequence[TokenRouting]) -> dict[str, Any]:
-        """``experts`` the names, ``shares`` (tokens, experts); and by layer ``routers`` and ``gates`` (tokens, routers,
-        experts), all rounded to four digits."""
+    def _routed(self, piece: Piece) -> dict[str, Any]:
+        """``experts`` the names, ``texts`` (tokens,) which add up to the piece's text, ``shares`` (tokens, experts); and
+        by layer ``routers`` and ``gates`` (tokens, routers, experts), shares and gates rounded to four digits."""
+        routing = piece.routing
         names = self.experts or [str(i) for i in range(len(routing[0].share) if routing else 0)]
-        found: dict[str, Any] = {"experts": names, "shares": [_rounded(token.share.tolist()) for token in routing]}
+        shares = [_rounded(token.share.tolist()) for token in routing]
+        found: dict[str, Any] = {"experts": names, "texts": piece.texts, "shares": shares}
         if self.routed == "layers":
             found["routers"] = list(self.tracer.router_names)
             found["gates"] = [[_rounded(gates) for gates in token.gates.tolist()] for token in routing]

@@ -12,13 +12,13 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from molora.assets import PAGE
 from molora.serve.answers import Format, Piece, joined
 from molora.serve.engine import EngineError
+from molora.serve.page import page_response
 from molora.serve.protocol import ApiError, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest, parse
 from molora.serve.server import Body, Server
 
@@ -51,7 +51,10 @@ def create_app(server: Server, drain_s: float = 30.0) -> FastAPI:
     async def models() -> dict[str, Any]:
         owned = {"object": "model", "created": server.created, "owned_by": "molora"}
         parent = {"max_model_len": server.engine.limits.max_model_len, "root": server.name}
-        return {"object": "list", "data": [{"id": name, **owned, **parent} for name in server.model_names]}
+        # molora's own: what a client may ask of it, so that nobody has to try.
+        offers = {"chat": bool(server.tokenizer.chat_template), "routed_experts": server.engine.tracer.available}
+        cards = [{"id": n, **owned, **parent, "kind": server.kind(n), **offers} for n in server.model_names]
+        return {"object": "list", "data": cards}
 
     @app.post("/v1/load_lora_adapter", openapi_extra=_body(LoadRequest))
     async def load_lora_adapter(request: Request) -> Response:
@@ -78,7 +81,7 @@ def create_app(server: Server, drain_s: float = 30.0) -> FastAPI:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(PAGE, media_type="text/html")
+        return page_response()
 
     return app
 
@@ -96,6 +99,7 @@ class _Gate:
             response: Response = _error(error)
         else:
             response = await call_next(request)
+        response.headers["X-Content-Type-Options"] = "nosniff"
         known = (
             path
             if path.startswith(("/v1/chat/", "/v1/completions", "/v1/models", "/v1/load", "/v1/unload"))

@@ -15,6 +15,7 @@ from molora.serve.pool import ExpertPool
 from molora.serve.protocol import ApiError, ChatRequest, CompletionRequest
 from molora.serve.steering import Steering, parse_steering
 from molora.serve.text import TextStream
+from molora.serve.tracing import TokenRouting
 
 Body = ChatRequest | CompletionRequest
 
@@ -45,6 +46,12 @@ class Server:
         steerable = self.engine.tracer.available
         own = [self.name, *([self.base_name] if self.base_name and steerable else [])]
         return own + ([name for name in self.engine.tracer.expert_names if name not in own] if steerable else [])
+
+    def kind(self, name: str) -> str:
+        """What the model of that name is: "mixture", "expert" (one alone) or "base" (none)."""
+        if name == self.name:
+            return "base" if self.engine.tracer.runtime is None else "mixture"
+        return "base" if name == self.base_name else "expert"
 
     def prompts(self, body: Body) -> list[list[int]]:
         """Token ids of each prompt of a request.
@@ -148,7 +155,7 @@ class Server:
         """
         text = TextStream(self.tokenizer, request.prompt_ids, stops)
         self.metrics.prompt_tokens.inc(len(request.prompt_ids))
-        last = time.perf_counter()
+        last, routing = time.perf_counter(), list[TokenRouting]()
         timer = self.metrics.first_token
         try:
             async with aclosing(self.engine.stream(request)) as steps:
@@ -158,11 +165,13 @@ class Server:
                     last, timer = now, self.metrics.between_tokens
                     self.metrics.tokens.inc(len(step.tokens))
                     self.metrics.count_shares(self.engine.tracer.expert_names, [t.share for t in step.routing])
-                    said = text.push(step.tokens)
+                    routing += step.routing
+                    texts = text.push(step.tokens)
                     reason = "stop" if text.stopped else step.finish_reason
-                    if step.finish_reason and not text.stopped:
-                        said += text.finish()
-                    yield Piece(said, len(step.tokens), step.routing, reason)
+                    if step.finish_reason:
+                        texts += text.finish()
+                    yield Piece(texts, routing[: len(texts)], reason)
+                    del routing[: len(texts)]
                     if reason:
                         return
         except EngineError as error:

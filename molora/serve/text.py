@@ -9,7 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 
 class TextStream:
-    """The text of one answer.
+    """The text of one answer, token by token.
+
+    The texts of tokens that are given out add up to the answer. A token that is a part of a character has "", and the
+    one that completes it has the character.
 
     Args:
         stops: strings that end the answer and do not belong to it.
@@ -24,29 +27,45 @@ class TextStream:
         self._tokenizer, self.stops = tokenizer.backend_tokenizer, [stop for stop in stops if stop]
         # The last tokens of the prompt decide how the first of the answer reads (a space, the rest of a character).
         self._decoder = DecodeStream(ids=list(prompt_ids[-8:]), skip_special_tokens=True)
-        self._held = ""
+        self._held: list[str] = []
         self.stopped = False
 
-    def push(self, tokens: Sequence[int]) -> str:
-        """The text that is certain now: what may be the beginning of a stop string is held back."""
-        if self.stopped:
-            return ""
+    def push(self, tokens: Sequence[int]) -> list[str]:
+        """The texts of the next tokens that are certain now, of these or of earlier ones.
+
+        A token in which a stop string may begin is held back with those behind it. When one has come, all that were
+        held are given out, cut where it began.
+        """
         for token in tokens:
-            self._held += self._decoder.step(self._tokenizer, token) or ""
-            found = [at for stop in self.stops if (at := self._held.find(stop)) >= 0]
+            self._held.append("" if self.stopped else self._decoder.step(self._tokenizer, token) or "")
+            text = "".join(self._held)
+            found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
             if found:
                 self.stopped = True
-                text, self._held = self._held[: min(found)], ""
-                return text
-        keep = max((_overlap(self._held, stop) for stop in self.stops), default=0)
-        text = self._held[: len(self._held) - keep]
-        self._held = self._held[len(text) :]
-        return text
+                self._held = _cut(self._held, min(found))
+        if self.stopped:
+            return self.finish()
+        text = "".join(self._held)
+        left = len(text) - max((_overlap(text, stop) for stop in self.stops), default=0)
+        texts: list[str] = []
+        while self._held and len(self._held[0]) <= left:
+            left -= len(self._held[0])
+            texts.append(self._held.pop(0))
+        return texts
 
-    def finish(self) -> str:
-        """What was held back, when the answer is over."""
-        text, self._held = self._held, ""
-        return text
+    def finish(self) -> list[str]:
+        """The texts that were held back, when the answer is over."""
+        texts, self._held = self._held, []
+        return texts
+
+
+def _cut(texts: Sequence[str], length: int) -> list[str]:
+    """As many texts, of which only so many characters are left."""
+    kept = []
+    for text in texts:
+        kept.append(text[:length])
+        length -= len(kept[-1])
+    return kept
 
 
 def _overlap(text: str, stop: str) -> int:
