@@ -46,6 +46,7 @@ class Tracer:
             self.runtime = None
         self._wants: dict[str, deque[TokenRouting]] = {}
         self._steered: dict[str, Steering] = {}
+        self._traced: list[str] = []
         self._names: list[str] = []
         self._parts: list[Tensor] = []
         self._indices: Tensor | None = None
@@ -110,9 +111,11 @@ class Tracer:
             return
         if self._steered:
             self.runtime.inputs.steering = self._token_steering(kwargs["input_ids"])
-        wanted = [n for n, name in enumerate(requests_of_batch(self.manager)) if name in self._wants]
-        if wanted:
-            self._indices = kwargs["logits_indices"][wanted].long()
+        traced = [(n, name) for n, name in enumerate(requests_of_batch(self.manager)) if name in self._wants]
+        if traced:
+            # Kept until the forward is over: a request may leave while it runs.
+            self._traced = [name for _, name in traced]
+            self._indices = kwargs["logits_indices"][[n for n, _ in traced]].long()
             self._names, self._parts, self.runtime.recorder = [], [], self
 
     def _after(self, module: Any, args: Any, output: Any) -> None:
@@ -124,9 +127,8 @@ class Tracer:
         gates = torch.stack(parts, 1)  # (tokens, routers, G)
         share = (gates / gates.sum(2, keepdim=True).clamp(min=1e-20)).mean(1)
         gates, share = gates.cpu(), share.cpu()
-        names = [name for name in requests_of_batch(self.manager) if name in self._wants]
-        for name, own, part in zip(names, gates, share, strict=True):
-            waiting = self._wants.get(name)  # its request may have left meanwhile
+        for name, own, part in zip(self._traced, gates, share, strict=True):
+            waiting = self._wants.get(name)
             if waiting is not None:
                 waiting.append(TokenRouting(part, own))
         self._indices = None
