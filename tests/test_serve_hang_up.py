@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import pytest
 import torch
 from peft import get_peft_model
 from tiny_models import base_model, config
-
-pytest.importorskip("fastapi")
 
 from molora.serve.engine import Engine, Request
 from molora.serve.limits import Limits

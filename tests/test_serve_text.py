@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-pytest.importorskip("fastapi")
-
 from molora.assets import MOLORA_TINY
 from molora.serve.page import page_response
 from molora.serve.text import TextStream
 
 TOKENIZER = AutoTokenizer.from_pretrained(MOLORA_TINY)
-TEXTS = ["a plain sentence, and another one.\n", "naïve 日本語 🙂🙃 text", "stop and sto stop and stopping STOP", "aaaaab"]
+TEXTS = [
+    "a plain sentence, and another one.\n",
+    "naïve 日本語 🙂🙃 text",
+    "stop and sto stop and stopping STOP",
+    "aaaaab",
+]
 STOPS: list[list[str]] = [[], ["stop"], ["stopping", " one"], ["ab"], ["aab", "本語 "], ["🙃"]]
 
 

@@ -93,8 +93,8 @@ class Format:
         return choice
 
     def _routed(self, piece: Piece) -> dict[str, Any]:
-        """``experts`` the names, ``texts`` (tokens,) which add up to the piece's text, ``shares`` (tokens, experts); and
-        by layer ``routers`` and ``gates`` (tokens, routers, experts), shares and gates rounded to four digits."""
+        """``experts`` the names, ``texts`` (tokens,) that add up to the piece's, ``shares`` (tokens, experts); and by
+        layer ``routers`` and ``gates`` (tokens, routers, experts), shares and gates rounded to four digits."""
         routing = piece.routing
         names = self.experts or [str(i) for i in range(len(routing[0].share) if routing else 0)]
         shares = [_rounded(token.share.tolist()) for token in routing]
