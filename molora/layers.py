@@ -22,6 +22,7 @@ from molora.quantization import is_linear_4bit
 from molora.record import Site
 from molora.routers import RouterConfig, Routing, Tokens
 from molora.shared import SharedRouting
+from molora.steering import steered
 
 NOT_MERGEABLE = (
     "a mixture cannot be merged into the base, because its gates differ from token to token; export the adapter itself "
@@ -198,7 +199,7 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         assert shared.owner is not None
         if adapter in self.molora_early:
             alike: Routing = shared.owner.molora_router[adapter](x.flatten(0, -2))
-            return alike
+            return steered(alike, self.molora_runtime.current_inputs().steering)
         name = self.molora_runtime.sites[shared.owner.molora_sites[adapter]].name
         return shared.get(adapter, x, self.molora_runtime.current_inputs().embeddings.get(name, x), logits)
 
@@ -224,6 +225,7 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         if routing.stats is not None:
             gates = attach(runtime, self.molora_sites[adapter], routing.gates, routing.stats)
             routing = routing._replace(gates=gates)
+        routing = steered(routing, inputs.steering)
         if runtime.recorder is not None:
             runtime.record_routing(self.molora_sites[adapter], routing, rows)
         return routing

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from molora.routers import Router, SiteStats
 from molora.routers.base import common_size, split_statistics
+from molora.steering import TokenSteering
 from molora.window import Window
 
 
@@ -47,6 +48,7 @@ class ForwardInputs:
         task_labels: (B,) or (B, T) integers, the task of each row or token, or None.
         sequence: (T,) int64, the number of each token's sequence where position ids say that lines hold several.
         embeddings: for a router that reads something else than its module's input, by the router's name: (N, D).
+        steering: what a server does to the gates of its requests' tokens, or None.
     """
 
     rows: int | None = None
@@ -54,6 +56,7 @@ class ForwardInputs:
     task_labels: Tensor | None = None
     sequence: Tensor | None = None
     embeddings: dict[str, Tensor] = field(default_factory=dict)
+    steering: TokenSteering | None = None
 
 
 @dataclass(eq=False)

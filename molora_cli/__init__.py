@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from molora_cli import adapters, evaluation, training  # noqa: F401  (their commands)
+from molora_cli import adapters, evaluation, serving, training  # noqa: F401  (their commands)
 from molora_cli.common import app
 
 GRACE_S = 5.0

@@ -66,7 +66,7 @@ def convert(
     for name, path in paths.items():
         if not Path(path).exists() and _is_setting(name):
             raise ValueError(f"--adapters: {name}={path} is a setting, no adapter; put settings before --adapters")
-    prompts = {name: _lines(Path(path)) for name, path in named(examples, "--examples").items()}
+    prompts = example_prompts(examples)
     config = None if paths else mixture_config(keys)
     terminal.quiet()
     with interruptible():
@@ -104,6 +104,11 @@ def _is_setting(key: str) -> bool:
     from molora import MoloraConfig
 
     return key.partition(".")[0] in {field.name for field in fields(MoloraConfig)}
+
+
+def example_prompts(examples: list[str] | None) -> dict[str, list[str]]:
+    """What ``--examples NAME=FILE`` names: the lines of each file."""
+    return {name: _lines(Path(path)) for name, path in named(examples, "--examples").items()}
 
 
 def _lines(path: Path) -> list[str]:

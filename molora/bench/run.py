@@ -10,6 +10,7 @@ import torch
 
 from molora.bench.backends import backends, crossover
 from molora.bench.modules import decode, ffn, one_linear
+from molora.bench.serving import serve
 from molora.bench.subjects import LLAMA_8B, TINY
 from molora.bench.tables import MODEL_TABLES, Table
 from molora.bench.where_time_goes import where_time_goes
@@ -21,6 +22,7 @@ TABLES: dict[str, Table] = {
     "one_linear": one_linear,
     "ffn": ffn,
     "decode": decode,
+    "serve": serve,
     "backends": backends,
     "crossover": crossover,
     "where_time_goes": where_time_goes,

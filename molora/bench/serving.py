@@ -1,0 +1,134 @@
+"""What serving a mixture costs: the same engine under load, with the bare base, one PEFT LoRA, and the mixture."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from molora import MoloraConfig
+from molora.bench.measure import Timing
+from molora.bench.subjects import LINEARS, Shape, base
+from molora.bench.tables import TOP_2, Bar, Result
+from molora.eval.models import load_tokenizer
+
+STREAMS = (1, 8, 32, 64)
+THROUGHPUT_AT, LEAST_THROUGHPUT, LATENCY_LIMIT = 32, 0.85, 1.20
+
+
+@contextlib.contextmanager
+def served(model: Any, **options: Any) -> Iterator[str]:
+    """The model behind an endpoint of this process on a free port; its address."""
+    import uvicorn
+
+    from molora.serve.app import create_app
+    from molora.serve.launch import make_server
+
+    server = make_server(model, load_tokenizer("molora-tiny"), "model", **options)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = uvicorn.Server(uvicorn.Config(create_app(server, 1.0), port=port, log_level="error"))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    try:
+        while not running.started:
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        running.should_exit = True
+        thread.join()
+
+
+def loaded(url: str, streams: int, requests: int, tokens: int) -> dict[str, Any]:
+    """What a client of so many streams measures."""
+    # As a file: a client that imports molora would need longer for that than for its requests.
+    client = str(Path(__file__).with_name("load.py"))
+    command = [sys.executable, client, url, "--streams", str(streams), "--requests", str(requests)]
+    command += ["--prompt-tokens", str(tokens), "--max-tokens", str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def serve(shape: Shape, repeats: int) -> Result:
+    """Streams of greedy answers over loopback, 32 layers; a row's times are inter-token latencies.
+
+    Bars: seconds a token at 32 streams over the base's (at most 1 / 0.85) and over an unmerged LoRA's, and the
+    inter-token latency of one stream over the base's.
+    """
+    tiny = shape.layers <= 2
+    deep = dataclasses.replace(shape, layers=2 if tiny else 32, vocab=2048 if tiny else shape.vocab)
+    tokens, streams = (16, STREAMS[:2]) if tiny else (128, STREAMS)
+    subjects: dict[str, Callable[[Any], Any]] = {
+        "base": lambda model: model,
+        "peft lora r16": lambda model: get_peft_model(model, _lora(), autocast_adapter_dtype=False),
+        "mixture, eager": lambda model: get_peft_model(model, _mixture(), autocast_adapter_dtype=False),
+        "base, eager": lambda model: model,
+    }
+    if torch.cuda.is_available():
+        subjects["mixture"] = subjects["mixture, eager"]
+    rows: dict[str, Timing] = {}
+    details: dict[str, dict[str, Any]] = {}
+    model = base(deep).eval()
+    for name, make in subjects.items():
+        torch.manual_seed(2)
+        adapted = make(model)
+        cuda_graph = False if "eager" in name else None
+        room = {"max_model_len": 4 * tokens, "cache_tokens": 4 * tokens * max(streams)}
+        with served(adapted, cuda_graph=cuda_graph, **room) as url:
+            for count in streams:
+                loaded(url, count, 1, tokens)
+                found = loaded(url, count, repeats if count == 1 else 2, tokens)
+                key = f"{name}, {count} streams"
+                rows[key] = _timing(found["between"])
+                details[key] = {
+                    "tokens_per_second": found["tokens"] / found["seconds"],
+                    "first_token_ms": 1e3 * median(found["first"]),
+                    "p99_ms": 1e3 * quantiles(found["between"], n=100, method="inclusive")[98],
+                }
+        if adapted is not model:
+            model = adapted.unload()
+    return Result(rows, {}, _bars(rows, details), details)
+
+
+def _lora() -> LoraConfig:
+    return LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=LINEARS, init_lora_weights=False)
+
+
+def _mixture() -> MoloraConfig:
+    options: dict[str, Any] = {"num_experts": 8, "r": 16, "lora_alpha": 32, "placement": "block", "router": TOP_2}
+    return MoloraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options)
+
+
+def _timing(seconds: list[float]) -> Timing:
+    cuts = quantiles(seconds, n=10, method="inclusive")
+    return Timing(1e3 * cuts[4], 1e3 * cuts[1], 1e3 * cuts[7], 0, len(seconds))
+
+
+def _bars(rows: dict[str, Timing], details: dict[str, dict[str, Any]]) -> list[Bar]:
+    ours = "mixture" if any(name.startswith("mixture,") and "eager" not in name for name in rows) else "mixture, eager"
+    peer_base = "base" if ours == "mixture" else "base, eager"
+    found = []
+    at = f"{THROUGHPUT_AT} streams"
+    if f"{ours}, {at}" in rows:
+        mine = details[f"{ours}, {at}"]["tokens_per_second"]
+        for name, limit in ((peer_base, 1 / LEAST_THROUGHPUT), ("peft lora r16", 1.0)):
+            ratio = details[f"{name}, {at}"]["tokens_per_second"] / mine
+            found.append(Bar(f"seconds a token at {at} over {name}", ratio, limit))
+    ratio = rows[f"{ours}, 1 streams"].median_ms / rows[f"{peer_base}, 1 streams"].median_ms
+    return [*found, Bar("inter-token latency of one stream over base", ratio, LATENCY_LIMIT)]

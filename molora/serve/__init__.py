@@ -1,0 +1,1 @@
+"""Serving: one model, one endpoint, experts chosen for each token."""

@@ -1,0 +1,169 @@
+"""The engine: requests in, tokens out, over transformers' continuous batching; all requests share one model."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from molora.integrations.continuous_batching import fatal_error, forget, make_manager, sampling_arguments
+from molora.serve.limits import Limits
+from molora.serve.steering import Steering
+from molora.serve.tracing import TokenRouting, Tracer
+
+
+class EngineError(Exception):
+    """What ends a request from inside.
+
+    Attributes:
+        status: as an HTTP status.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One answer to one prompt.
+
+    Attributes:
+        prompt_ids: at least one token.
+        temperature: 0 is greedy.
+        seed: of the sampling; None: a new one.
+        traced: whether the routing of each token is wanted.
+        steering: what the routers are told of its tokens; None: nothing.
+    """
+
+    prompt_ids: list[int]
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    traced: bool = False
+    steering: Steering | None = None
+
+
+@dataclass(slots=True)
+class Step:
+    """New tokens of a request.
+
+    Attributes:
+        routing: of each token, where it was asked for.
+        finish_reason: "stop" or "length" with the last tokens, else None.
+    """
+
+    tokens: list[int]
+    routing: list[TokenRouting] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class Engine:
+    """Runs a model for many requests at once, in a thread of its own.
+
+    Args:
+        model: a causal LM in eval mode, with or without adapters; this engine alone uses it from now on.
+        eos_token_ids: tokens that end an answer; they are not part of it.
+        limits: what is taken at once.
+        cuda_graph: None: where transformers finds it useful.
+    """
+
+    def __init__(self, model: Any, eos_token_ids: list[int], limits: Limits, cuda_graph: bool | None = None) -> None:
+        self.model, self.eos_token_ids, self.limits = model.eval(), list(eos_token_ids), limits
+        self.manager = make_manager(
+            model,
+            num_blocks=math.ceil(limits.cache_tokens / limits.page_size),
+            page_size=limits.page_size,
+            max_batch_tokens=limits.max_batch_tokens,
+            max_requests=limits.max_running,
+            cuda_graph=cuda_graph,
+        )
+        self.tracer = Tracer(model, self.manager)
+        self.open = 0
+        """Requests that run or wait."""
+        self._closing = False
+        self._numbers = itertools.count()
+
+    def start(self) -> None:
+        self.manager.start()
+
+    @property
+    def error(self) -> str | None:
+        """Why no request can be served any more."""
+        return fatal_error(self.manager) or (None if self.manager.is_running() else "the engine does not run")
+
+    async def stop(self, drain_s: float) -> None:
+        """Takes no new request, lets those there are finish for so long, then ends."""
+        self._closing = True
+        ends = time.monotonic() + drain_s
+        while self.open and time.monotonic() < ends:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(self.manager.stop, block=True, timeout=10.0, hard_stop=True)
+        self.tracer.remove()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No forward runs inside; requests keep their caches and go on behind it. For a thread, not an event loop."""
+        with self.manager.pause():
+            yield
+
+    def check(self, request: Request) -> None:
+        """Raises EngineError for a request that cannot be served, or not now."""
+        if self._closing or self.error:
+            raise EngineError(
+                503, "the server is shutting down" if self._closing else f"the engine failed: {self.error}"
+            )
+        if self.open >= self.limits.max_running + self.limits.max_waiting:
+            raise EngineError(429, f"{self.open} requests are running or waiting, which is the limit; try again later")
+
+    async def stream(self, request: Request) -> AsyncGenerator[Step]:
+        """The answer's tokens as they come. Leaving the iteration cancels the request.
+
+        Raises:
+            EngineError: the server is full, stops or failed, or the time limit is over.
+        """
+        self.check(request)
+        name = f"r{next(self._numbers)}"
+        outputs: asyncio.Queue[Any] = asyncio.Queue()
+        finished = False
+        self.open += 1
+        self.tracer.begin(name, request.traced, request.steering)
+        try:
+            self.manager.register_result_handler(name, outputs.put_nowait)
+            accepted = self.manager.add_request(
+                request.prompt_ids,
+                request_id=name,
+                max_new_tokens=request.max_tokens,
+                streaming=True,
+                eos_token_id=self.eos_token_ids,
+                **sampling_arguments(request.temperature, request.top_p, request.seed),
+            )
+            if accepted is None:
+                raise EngineError(503, f"the engine takes no request: {self.error or 'it is stopping'}")
+            seen, ends = 0, time.monotonic() + self.limits.timeout_s
+            while not finished:
+                try:
+                    output = await asyncio.wait_for(outputs.get(), ends - time.monotonic())
+                except TimeoutError:
+                    raise EngineError(504, f"the answer took more than {self.limits.timeout_s:g} seconds") from None
+                finished = output.is_finished()
+                if output.error is not None:
+                    raise EngineError(503, f"the engine failed: {output.error}")
+                tokens = output.generated_tokens[seen:]
+                seen += len(tokens)
+                routing = self.tracer.take(name, len(tokens)) if request.traced else []
+                ended = bool(finished and tokens and tokens[-1] in self.eos_token_ids)
+                if ended:
+                    tokens, routing = tokens[:-1], routing[: len(tokens) - 1]
+                yield Step(tokens, routing, ("stop" if ended else "length") if finished else None)
+        finally:
+            self.open -= 1
+            self.tracer.end(name)
+            if not finished:
+                forget(self.manager, name)

@@ -1,0 +1,100 @@
+"""Experts that come and go while the model is served."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from molora.serve.engine import Engine
+from molora.serve.protocol import ApiError
+
+
+@dataclass(kw_only=True)
+class ExpertPool:
+    """Adds and removes experts between two forwards.
+
+    Attributes:
+        allowed: directories below which adapters may lie; none: no expert is added.
+        max_bytes: of an adapter's weights.
+        taken: names that no expert may have.
+    """
+
+    engine: Engine
+    tokenizer: Any
+    allowed: tuple[Path, ...] = ()
+    max_bytes: int = 2 * 2**30
+    taken: tuple[str, ...] = ()
+    _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def load(self, name: str, path: str, examples: Sequence[str] | None) -> None:
+        """Adds an expert; requests that run go on with one expert more.
+
+        Raises:
+            ApiError: a name or a path that is not allowed, or an adapter that is refused.
+        """
+        from molora import add_expert
+
+        self._check_changeable()
+        if name in self.taken:
+            raise ApiError(400, f"{name!r} names a model of this server; choose another name", "lora_name")
+        folder = self._checked(path)
+
+        def add() -> None:
+            with self.engine.paused():
+                add_expert(self.engine.model, name, folder, examples=examples, tokenizer=self.tokenizer)
+
+        await self._change(add)
+
+    async def unload(self, name: str) -> None:
+        """Removes an expert; requests that run go on without it.
+
+        Raises:
+            ApiError: an unknown name, the last expert, or a router that is trained for its experts.
+        """
+        from molora import delete_expert
+
+        self._check_changeable()
+        if name not in self.engine.tracer.expert_names:
+            raise ApiError(404, f"there is no expert {name!r}", "lora_name", "model_not_found")
+
+        def delete() -> None:
+            with self.engine.paused():
+                delete_expert(self.engine.model, name)
+
+        await self._change(delete)
+
+    async def _change(self, change: Any) -> None:
+        async with self._one_at_a_time:
+            try:
+                await asyncio.to_thread(change)
+            except (ValueError, OSError, RuntimeError) as error:
+                raise ApiError(400, " ".join(str(error).split()), "lora_name") from error
+
+    def _check_changeable(self) -> None:
+        if not self.engine.tracer.available:
+            raise ApiError(400, "experts cannot change here: no mixture, or CUDA graphs (start with --eager)")
+
+    def _checked(self, path: str) -> Path:
+        """The directory of an adapter, resolved; links that lead out are followed first."""
+        if "\0" in path:
+            raise ApiError(400, "lora_path holds a null byte", "lora_path")
+        folder = Path(path).expanduser().resolve()
+        if not any(folder.is_relative_to(allowed.resolve()) for allowed in self.allowed):
+            where = ", ".join(map(str, self.allowed)) or "nowhere: start the server with --adapter-dir"
+            raise ApiError(403, f"lora_path {path!r} is not allowed; adapters may lie below {where}", "lora_path")
+        weights = folder / "adapter_model.safetensors"
+        if not (folder / "adapter_config.json").is_file() or not weights.is_file():
+            raise ApiError(
+                400,
+                f"{path!r} has no adapter_config.json and adapter_model.safetensors; only these are read",
+                "lora_path",
+            )
+        if weights.resolve() != weights and not weights.resolve().is_relative_to(folder):
+            raise ApiError(403, "adapter_model.safetensors is a link that leads out of its directory", "lora_path")
+        if weights.stat().st_size > self.max_bytes:
+            size = weights.stat().st_size
+            raise ApiError(413, f"the adapter has {size:,} bytes, and {self.max_bytes:,} are allowed", "lora_path")
+        return folder

@@ -1,0 +1,180 @@
+"""The bodies that OpenAI's clients send, checked; what one request cannot have is refused by the name of its field."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+INT64 = 2**63 - 1
+
+
+class ApiError(Exception):
+    """An answer in OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+    """Accepted and without effect: a padding against observers of the line's timing."""
+
+
+class _Sampling(_Strict):
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-INT64, le=INT64)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    """Accepted and without effect, as are `metadata` and `safety_identifier`."""
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    routed_experts: bool | Literal["layers"] | None = None
+    """molora: true adds each token's shares of the experts, averaged over routers; "layers" all gates too."""
+    experts: dict[str, Any] | None = None
+    """molora: ``{"force": NAME}`` or ``{"forbid": [NAME], "hint": {NAME: PART}}``."""
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        raise NotImplementedError
+
+
+class CompletionRequest(_Sampling):
+    prompt: str | list[Annotated[int, Field(ge=0)]] | list[str] | list[list[Annotated[int, Field(ge=0)]]]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return 16 if self.max_tokens is None else self.max_tokens  # as OpenAI has it
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(_Sampling):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class LoadRequest(_Strict):
+    lora_name: Annotated[str, Field(min_length=1, max_length=200)]
+    lora_path: str
+    examples: list[str] | None = None
+    """molora: prompts of the expert, for routers that know experts by them."""
+
+
+class UnloadRequest(_Strict):
+    lora_name: str
+    lora_int_id: int | None = None
+    """vLLM's; accepted and without effect."""
+
+
+# Fields of OpenAI's whose other values would change the answer in ways that are not offered.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "tools": (None, []),
+    "functions": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "function_call": (None, "none", "auto"),
+    "parallel_tool_calls": (None, True, False),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "prompt_cache_key": (None,),
+}
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse(kind: type[Body], raw: bytes) -> Body:
+    """A request's body.
+
+    Raises:
+        ApiError: 400, with the field as its param.
+    """
+    try:
+        data = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not UTF-8 (byte {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ApiError(400, f"the body must be a JSON object, got {type(data).__name__}")
+    for field, neutral in _NEUTRAL.items():
+        if field in kind.model_fields or field not in data:
+            continue
+        value = data.pop(field)
+        if not any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in neutral):
+            raise ApiError(400, f"{field}={str(value)[:100]!r} is not offered by this server; leave it out", field)
+    if not _encodable(data):
+        raise ApiError(400, "the body holds a lone surrogate, which is no character")
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = [str(part) for part in first["loc"]]
+        name = where[0] if where else None
+        if first["type"] == "extra_forbidden":
+            raise ApiError(400, f"unknown field {'.'.join(where)!r}", name) from error
+        got = "" if first["type"] == "missing" else f", got {str(first['input'])[:100]!r}"
+        raise ApiError(400, f"{'.'.join(where)}: {first['msg'].lower()}{got}", name) from error
+
+
+def _encodable(data: Any) -> bool:
+    try:
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
