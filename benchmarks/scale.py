@@ -209,7 +209,7 @@ def cells(options: argparse.Namespace) -> list[list[tuple[str, int, int]]]:
     groups: list[list[tuple[str, int, int]]] = []
     for gpus in sorted(options.gpus, reverse=True):
         wanted = [(subject, stage, gpus) for stage in options.stages for subject in options.subjects]
-        together = max(1, max(options.gpus) // gpus)
+        together = max(1, (options.devices or max(options.gpus)) // gpus)
         groups += [wanted[i : i + together] for i in range(0, len(wanted), together)]
     return groups
 
@@ -233,6 +233,7 @@ def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--devices", type=int, help="GPUs that there are; the most of --gpus if left out")
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS)
     parser.add_argument("--layers", type=int, default=32)
