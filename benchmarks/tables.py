@@ -18,9 +18,11 @@ from typing import Any
 from learned import table as learned_table
 from speed_tables import TABLES as SPEED_TABLES
 from speed_tables import rows
+from training_tables import TABLES as TRAINING_TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = tuple(ROOT / page for page in ("README.md", "docs/results.md", "docs/kernels.md", "docs/decisions/vllm.md"))
+_PAGES = ("results", "kernels", "decisions/vllm", "multi-node", "recipes")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in _PAGES))
 SEEDS = (0, 1, 2)
 COLUMNS = {"base": "base", "lora": "one LoRA", "mixture": "mixture"}
 
@@ -133,6 +135,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "separable": lambda: learned_table(read("separable")["runs"]),
     "commonsense": lambda: learned_table(read("commonsense")["runs"]),
     **SPEED_TABLES,
+    **TRAINING_TABLES,
 }
 
 

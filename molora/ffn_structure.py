@@ -190,7 +190,9 @@ def _probe_input(module: nn.Module, first_linear: str, dtype: torch.dtype) -> Te
     weights = list(module.parameters())
     dtype = next((p.dtype for p in weights if p.is_floating_point()), dtype)
     scales = torch.tensor([1.0, 16.0, 256.0] if dtype == torch.float16 else [1.0, 100.0, 1e4]).repeat(2)
-    x = torch.randn(1, 6, features[0], generator=torch.Generator().manual_seed(0)) * scales[None, :, None]
+    # On the CPU whatever the default device is, so that a seed gives the same numbers everywhere.
+    x = torch.randn(1, 6, features[0], generator=torch.Generator().manual_seed(0), device="cpu")
+    x *= scales.cpu()[None, :, None]
     device = weights[0].device if not weights[0].is_meta else "cpu"
     return x.to(device, dtype)
 

@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 def benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("tables", "learned", "speed_tables"):
+    for name in ("tables", "learned", "speed_tables", "training_tables"):
         sys.modules.pop(name, None)
 
 

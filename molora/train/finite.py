@@ -22,7 +22,8 @@ class FiniteWatch:
     Args:
         model: its trainable parameters are watched.
         tasks: names, by their number in the sums of `loss`.
-        fp16: gradients that are not finite are then normal, as the loss scaling skips their steps; `skipped` counts.
+        fp16: gradients that are not finite are then normal, as the loss scaling skips their steps; only too many such
+            steps in a row are told. Counted here, for a fused optimizer skips a step where nobody else sees it.
         hidden: whether the engine (DeepSpeed) takes the gradients away within the backward; hooks then look at them.
     """
 
@@ -33,7 +34,7 @@ class FiniteWatch:
         self.first = torch.full((2,), NEVER, device=device)  # the step of the first loss, and of the first gradient
         self.sizes = torch.zeros(len(named), device=device)  # of each parameter's gradient in that step
         self.task_sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=device)
-        self._in_a_row = self._counted = 0
+        self.skipped = torch.zeros(2, dtype=torch.long, device=device)  # steps in a row, and up to which step
         self._hooked = torch.zeros(len(named), device=device)
         if hidden:
             for number, parameter in enumerate(self.parameters):
@@ -66,16 +67,12 @@ class FiniteWatch:
             sizes = largest([p.grad for p in self.parameters], self.sizes)
         # Those of the first step stay.
         self.sizes = torch.where(self.first[1] < step, self.sizes, sizes)
-        if not self.fp16:
-            now = torch.where(sizes.isfinite().all(), NEVER, step)
-            self.first[1] = torch.minimum(self.first[1], now.to(self.first))
-
-    def skipped(self, step: int, skipped: bool) -> bool:
-        """Counts a step that fp16's loss scaling skipped or did not; whether it was one too many in a row."""
-        if step > self._counted:
-            self._counted = step
-            self._in_a_row = self._in_a_row + 1 if self.fp16 and skipped else 0
-        return self._in_a_row > MAX_SKIPPED
+        finite = sizes.isfinite().all()
+        if self.fp16:
+            self.skipped = torch.where(finite, torch.zeros_like(self.skipped), self.skipped + 1)
+            self.skipped[1] = step
+        else:
+            self.first[1] = torch.minimum(self.first[1], torch.where(finite, NEVER, step).to(self.first))
 
     def verdict(self) -> str | None:
         """What was not finite first, on any rank, and at which step; ``None``: nothing. Called on all ranks."""
@@ -87,7 +84,10 @@ class FiniteWatch:
                 named = ", ".join(map(repr, tasks))
                 return f"at step {loss} the logits gave rows of task {named} a loss that is not finite"
             return f"at step {loss} the loss was not finite, though the logits gave every row a finite one"
-        return f"at step {gradient} {self.worst()}" if gradient < NEVER else None
+        if gradient < NEVER:
+            return f"at step {gradient} {self.worst()}"
+        in_a_row, step = over_ranks(self.skipped.clone(), "MAX").tolist() if self.fp16 else (0, 0)
+        return scale_gave_up(in_a_row, step, self) if in_a_row > MAX_SKIPPED else None
 
     def worst(self) -> str:
         """Where in the backward pass the gradient was not finite first. Called on all ranks."""
@@ -99,6 +99,11 @@ class FiniteWatch:
             f"the gradient of {short_name(self.names[bad[-1]])} was not finite (of {len(bad)} among {len(self.names)} "
             "parameters the first in the backward)"
         )
+
+
+def scale_gave_up(in_a_row: int, step: int, watch: FiniteWatch) -> str:
+    """That fp16's loss scaling has skipped too many steps."""
+    return f"{in_a_row} steps in a row up to step {step} were skipped by fp16's loss scaling, and still {watch.worst()}"
 
 
 def short_name(parameter: str) -> str:

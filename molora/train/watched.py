@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from molora.train.checkpoint import AtomicTrainer
 from molora.train.durable import last_whole_checkpoint
-from molora.train.finite import MAX_SKIPPED, FiniteWatch, not_finite, short_name
+from molora.train.finite import MAX_SKIPPED, FiniteWatch, not_finite, scale_gave_up, short_name
 from molora.train.throughput import Throughput
 
 
@@ -39,19 +39,13 @@ class WatchedTrainer(AtomicTrainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         except Exception as error:
             if "loss scale already at minimum" in str(error):  # DeepSpeed's own end of fp16
-                self._stop(_scale_gave_up(step, self._watch))
+                self._stop(scale_gave_up(MAX_SKIPPED, step, self._watch))
             raise
         self._watch.loss(step, loss, self.task_losses.sums if self.task_losses is not None else None)
         if self.accelerator.sync_gradients:
             self._watch.gradients(step)
         self._throughput.add(inputs)
         return loss
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        step = self.state.global_step
-        if self._watch is not None and self._watch.skipped(step, self.accelerator.optimizer_step_was_skipped):
-            self._stop(_scale_gave_up(step, self._watch))
-        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._watch is not None and self._throughput is not None:
@@ -90,9 +84,3 @@ class WatchedTrainer(AtomicTrainer):
             "training.output_dir with a lower training.learning_rate, more training.warmup_steps, or base.dtype "
             "bfloat16 or float32 instead of float16"
         )
-
-
-def _scale_gave_up(step: int, watch: FiniteWatch) -> str:
-    return (
-        f"{MAX_SKIPPED} steps in a row up to step {step} were skipped by fp16's loss scaling, and still {watch.worst()}"
-    )

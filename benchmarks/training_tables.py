@@ -1,0 +1,57 @@
+"""The tables of training on several GPUs and on quantised bases; `tables.py` puts them into the pages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from speed_tables import rows
+
+RESULTS = Path(__file__).resolve().parent / "results"
+# In the order in which they were run.
+SCALE = ("scale", "scale_two_gpus_zero2", "scale_two_gpus_zero3")
+
+
+def read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def scale() -> str:
+    """Every cell, with the commit of its run: the same cell of two commits stands twice."""
+    body = []
+    for run in map(read, SCALE):
+        for row in sorted(run["rows"], key=lambda row: (row["stage"], row["gpus"])):
+            step = f"{row['median_ms']:.0f} ({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
+            speed = [f"{row['tokens_per_second_per_gpu']:.0f}", f"{row['mfu']:.1%}"]
+            cells = [row["subject"], f"ZeRO-{row['stage']}", str(row["gpus"]), step, *speed]
+            body.append([*cells, f"{row['peak_bytes'] / 2**30:.1f}", run["commit"][:7]])
+    head = ["", "engine", "GPUs", "step, ms (20 to 80 %)", "tokens/s a GPU", "MFU", "peak GiB", "commit"]
+    return rows(head, *body)
+
+
+def scale_bars() -> str:
+    body = []
+    for run in map(read, SCALE):
+        for bar in run["bars"]:
+            state = "yes" if bar["holds"] else "**no**"
+            body.append([bar["name"], f"{bar['value']:.3f}", f"{bar['limit']:.2f}", state, run["commit"][:7]])
+    return rows(["", "measured", "limit", "holds", "commit"], *body)
+
+
+def quantized() -> str:
+    found = read("quantized-nvidia-h200")
+    peer = found["rows"][0]
+    body = []
+    for row in found["rows"]:
+        step = f"{row['median_ms']:.0f} ({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
+        over = [f"{row['median_ms'] / peer['median_ms']:.3f}", f"{row['total_bytes'] / 2**30:.1f}"]
+        total = f"{row['total_bytes'] / peer['total_bytes']:.3f}"
+        body.append([row["name"], f"{row['parameters']['trainable'] / 1e6:.0f} M", step, *over, total])
+    head = ["", "trained", "step, ms (20 to 80 %)", "over `peft`", "peak GiB", "over `peft`"]
+    return rows(head, *body)
+
+
+TABLES: dict[str, Callable[[], str]] = {"scale": scale, "scale-bars": scale_bars, "quantized": quantized}
