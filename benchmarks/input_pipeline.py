@@ -25,7 +25,7 @@ import torch
 
 from molora.eval.results import header, write_json
 from molora.train.recipe import Recipe, read_recipe
-from molora.train.run import _trainer, prepare, training_arguments
+from molora.train.run import make_trainer, prepare, training_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 5.0
@@ -60,7 +60,7 @@ RECIPES: dict[str, dict[str, list[str]]] = {
 def trainer_of(recipe: Recipe) -> tuple[Any, Any]:
     """The run's trainer, and its training set."""
     model, tokenizer, rows, _ = prepare(recipe)
-    return _trainer(recipe, training_arguments(recipe), model, tokenizer, rows, [], print), rows
+    return make_trainer(recipe, training_arguments(recipe), model, tokenizer, rows, [], print), rows
 
 
 def real_tokens(batch: dict[str, torch.Tensor]) -> int:
