@@ -61,8 +61,8 @@ def train_with_sft(recipe_file: str, overrides: list[str]) -> None:
 
     import molora  # noqa: F401  (registers the PEFT method)
     from molora.eval.encode import collate
+    from molora.train.prepare import prepare
     from molora.train.recipe import read_recipe
-    from molora.train.run import prepare
 
     recipe = read_recipe(recipe_file, overrides)
     model, tokenizer, rows, _ = prepare(recipe)

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 
 from molora.eval.results import header, write_json
+from molora.train.prepare import prepare, training_arguments
 from molora.train.recipe import Recipe, read_recipe
-from molora.train.run import make_trainer, prepare, training_arguments
+from molora.train.run import make_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 5.0

@@ -46,7 +46,8 @@ def train(
         resolved = with_deepspeed(resolved, deepspeed)
     from molora.eval.disk import check_directory
     from molora.train.output import last_checkpoint, stored_results
-    from molora.train.run import prepare, train
+    from molora.train.prepare import prepare
+    from molora.train.run import train
 
     def show(model: Any, reports: Any, rows: Any) -> None:
         terminal.err.print(terminal.yaml_text(recipe_yaml(resolved)))

@@ -24,8 +24,8 @@ from molora.quantization import weight_bytes
 from molora.train.checkpoint import AtomicTrainer
 from molora.train.dry_run import dry_run
 from molora.train.memory_estimate import MemoryEstimate, estimate_memory
+from molora.train.prepare import prepare
 from molora.train.recipe import read_recipe
-from molora.train.run import prepare
 from molora.train.step_peaks import END, at_length, stretch_peaks
 
 LINES, LENGTH = 2, 64
@@ -119,7 +119,8 @@ def test_schedule_is_that_of_the_run(tmp_path: Path) -> None:
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             rates[state.global_step + 1] = kwargs["lr_scheduler"].get_last_lr()[0]
 
-    from molora.train.run import make_trainer, training_arguments
+    from molora.train.prepare import training_arguments
+    from molora.train.run import make_trainer
 
     trainer = make_trainer(recipe, training_arguments(recipe), *prepared[:3], [Watch()], print)
     trainer.train()

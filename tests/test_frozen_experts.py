@@ -23,8 +23,9 @@ from molora.adapters.lora_files import read_lora
 from molora.centroids import base_alone
 from molora.context import runtime_of
 from molora.linear import MixedLinear
+from molora.train.prepare import prepare
 from molora.train.recipe import read_recipe
-from molora.train.run import prepare, train
+from molora.train.run import train
 
 NAMES = ("sql", "math", "code")
 
@@ -160,8 +161,8 @@ def test_a_recipe_trains_the_gates_of_adapters(
 
 
 def test_a_recipe_pairs_tasks_and_experts_by_name(folder: Path, tmp_path: Path) -> None:
+    from molora.train.prepare import task_labels
     from molora.train.recipe import adapter_config
-    from molora.train.run import task_labels
 
     recipe = recipe_of(folder, tmp_path, {"preset": "phatgoose"}, tasks=("code", "sql"))
     assert task_labels(recipe, adapter_config(recipe)) == [2, 0]

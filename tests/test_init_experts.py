@@ -126,11 +126,11 @@ def test_routines_that_a_mixture_cannot_have_are_refused_by_name(options: dict[s
 
 @pytest.mark.parametrize("section", ["mixture", "lora"])
 def test_a_recipe_initialises_from_its_own_rows(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from molora.train import run
+    from molora.train import prepare
 
     seen: list[Any] = []
     name = "initialize_eva_weights" if section == "mixture" else "initialize_lora_eva_weights"
-    monkeypatch.setattr(run, name, lambda model, loader, **options: seen.append(next(iter(loader))))
+    monkeypatch.setattr(prepare, name, lambda model, loader, **options: seen.append(next(iter(loader))))
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "base"), max_steps=1)
     overrides = ["mixture.init_lora_weights=eva"]
     if section == "lora":

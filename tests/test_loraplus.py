@@ -16,7 +16,7 @@ from tiny_models import base_model, config
 from transformers import TrainingArguments
 
 from molora.eval.strict import build
-from molora.train import run
+from molora.train import prepare, run
 from molora.train.checkpoint import AtomicTrainer
 from molora.train.optimizer import OptimizerConfig, loraplus_optimizer
 from molora.train.recipe import Recipe, adapter_config, recipe_yaml
@@ -119,8 +119,8 @@ def test_the_section_reaches_the_config_and_reads_back() -> None:
 @pytest.mark.parametrize("section", ["mixture", "lora"])
 def test_a_recipe_trains_with_it_and_resumes(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainers: list[AtomicTrainer] = []
-    original = run._trainer
-    monkeypatch.setattr(run, "_trainer", lambda *args: trainers.append(original(*args)) or trainers[-1])
+    original = run.make_trainer
+    monkeypatch.setattr(run, "make_trainer", lambda *args: trainers.append(original(*args)) or trainers[-1])
     recipe = write_recipe(tmp_path, save_tiny(tmp_path / "base"), max_steps=2)
     overrides = ["optimizer.loraplus_lr_ratio=4", "training.save_steps=1"]
     overrides += ["optimizer.riemannian=gate_rescaled"] if section == "mixture" else ["mixture=null", "lora.r=4"]
@@ -149,4 +149,4 @@ def test_deepspeeds_own_optimizer_is_refused() -> None:
     recipe = build_recipe(optimizer={"loraplus_lr_ratio": 4})
     args = SimpleNamespace(hf_deepspeed_config=SimpleNamespace(config={"optimizer": {"type": "AdamW"}}))
     with pytest.raises(ValueError, match="so does the section optimizer of recipe.training.deepspeed"):
-        run.check_optimizer(recipe, args)
+        prepare.check_optimizer(recipe, args)

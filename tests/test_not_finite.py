@@ -193,7 +193,7 @@ def test_fp16_gives_up_only_after_many_skipped_steps(
 
 def test_losses_are_not_hidden(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """transformers puts the mean of the losses before in place of one that is not finite, unless told not to."""
-    from molora.train.run import training_arguments
+    from molora.train.prepare import training_arguments
 
     recipe = write_recipe(tmp_path, base)
     assert training_arguments(read_recipe(recipe)).logging_nan_inf_filter is False

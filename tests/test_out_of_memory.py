@@ -11,7 +11,7 @@ from test_cli import molora, write_recipe
 from tiny_lm import save_tiny
 
 from molora.eval.memory import enough_memory, is_exhausted
-from molora.train import run
+from molora.train import prepare, run
 from molora.train.watched import WatchedTrainer
 
 TOO_MUCH = 2**52  # bytes that no machine has
@@ -75,7 +75,7 @@ def test_a_base_or_a_batch_that_is_too_large(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run, name, allocate)
+    monkeypatch.setattr(prepare if name == "load_base" else run, name, allocate)
     assert molora("train", write_recipe(tmp_path, base)) == 2
     assert message in error(capsys)
 

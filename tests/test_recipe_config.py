@@ -160,7 +160,7 @@ def test_a_bad_value_gets_one_clear_sentence(path: str, value: Any, message: str
 
 
 def test_values_that_only_transformers_can_judge_are_refused_with_the_section() -> None:
-    from molora.train.run import training_arguments
+    from molora.train.prepare import training_arguments
 
     assert training_arguments(build_recipe(training__max_steps=3, training__optim="sgd")).max_steps == 3
     with pytest.raises(ValueError, match="recipe.training: nope is not a valid SchedulerType"):

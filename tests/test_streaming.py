@@ -27,8 +27,8 @@ from molora.eval.encode import collate
 from molora.eval.tasks import TaskConfig
 from molora.train import streaming
 from molora.train.mixing import encode_task
+from molora.train.prepare import training_arguments
 from molora.train.recipe import MixingConfig, SequenceConfig, read_recipe
-from molora.train.run import training_arguments
 from molora.train.streaming import MixedStream, mixed_stream
 
 STREAMED: dict[str, Any] = {"streaming": True, "buffer_size": 16}

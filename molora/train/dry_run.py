@@ -15,8 +15,9 @@ from transformers import Trainer
 
 from molora.eval.encode import IGNORED
 from molora.train.memory_estimate import MemoryEstimate, estimate_memory
+from molora.train.prepare import training_arguments
 from molora.train.recipe import Recipe
-from molora.train.run import make_trainer, training_arguments
+from molora.train.run import make_trainer
 
 MEASURED = 1000
 """Items of the training set, in its order, whose tokens are counted."""
@@ -67,7 +68,7 @@ def dry_run(recipe: Recipe, prepared: tuple[Any, Any, Any, Any]) -> DryRun:
 
     Args:
         recipe: what would be done.
-        prepared: what :func:`molora.train.run.prepare` returned; its model is not to be trained after this.
+        prepared: what :func:`molora.train.prepare.prepare` returned; its model is not to be trained after this.
 
     Raises:
         ValueError: the trainer refuses a setting.
