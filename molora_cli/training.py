@@ -45,7 +45,7 @@ def train(
     if deepspeed is not None:
         resolved = with_deepspeed(resolved, deepspeed)
     from molora.eval.disk import check_directory
-    from molora.train.output import last_checkpoint, stored_results
+    from molora.train.output import find_checkpoint, last_checkpoint, stored_results
     from molora.train.prepare import prepare
     from molora.train.run import train
 
@@ -70,6 +70,10 @@ def train(
             from molora.eval.dry_run_output import show_dry_run
             from molora.train.dry_run import dry_run as describe
 
+            try:
+                find_checkpoint(resolved, resume=False)
+            except ValueError as error:
+                terminal.warn(f"{error}")
             prepared = prepare(resolved)
             show(prepared[0], prepared[3], prepared[2])
             with terminal.status("measuring small steps"):

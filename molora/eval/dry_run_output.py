@@ -52,7 +52,7 @@ def schedule_table(schedule: Any) -> Table:
     per_epoch = "-, a stream has no end" if schedule.steps_per_epoch is None else f"{schedule.steps_per_epoch:,}"
     table.add_row("steps in all", f"{schedule.max_steps:,}")
     table.add_row("steps per epoch", per_epoch)
-    table.add_row("rows per step", f"{schedule.rows_per_step:,}")
+    table.add_row("sequences per step", f"{schedule.rows_per_step:,}")
     table.add_row("tokens per step, about", f"{schedule.tokens_per_step:,}")
     table.add_row("warm-up steps", f"{schedule.warmup_steps:,}")
     for step, rate in schedule.learning_rates.items():

@@ -134,7 +134,10 @@ def adapter_base(model: str) -> str | None:
 def trained_quantization(model: str) -> str | None:
     """The quantisation of the base that an adapter directory was trained on, as the recipe in it says; ``None`` for
     none, and for a directory without a recipe: PEFT's own files do not hold it."""
-    path = Path(model).expanduser() / "recipe.yaml"
+    folder = Path(model).expanduser()
+    path = folder / "recipe.yaml"
+    if not path.is_file() and folder.name.startswith("checkpoint-"):
+        path = folder.parent / "recipe.yaml"  # that of the run that wrote the checkpoint
     if not path.is_file():
         return None
     base = read_yaml(path).get("base")

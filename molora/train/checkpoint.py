@@ -75,9 +75,15 @@ class AtomicTrainer(Trainer):
             use_fsdp_without_gpu(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 
+    @property
+    def _has_zero(self) -> bool:
+        """Whether DeepSpeed spreads the optimizer over processes; at stage 0 it does not."""
+        config = getattr(getattr(self.args, "hf_deepspeed_config", None), "config", {})
+        return bool(self.is_deepspeed_enabled and config.get("zero_optimization", {}).get("stage", 0))
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         checkpoint = resume_from_checkpoint
-        if checkpoint is None or not self.is_deepspeed_enabled or ranks_of(checkpoint) == self.args.world_size:
+        if checkpoint is None or not self._has_zero or ranks_of(checkpoint) == self.args.world_size:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
         else:
             self._load_from_checkpoint(checkpoint)
@@ -89,7 +95,7 @@ class AtomicTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.is_deepspeed_enabled:
+        if self._has_zero:
             save_gathered(self.deepspeed, Path(output_dir))
 
     def prepare_finished(self, state: TrainerState, checkpoint: str | None) -> None:

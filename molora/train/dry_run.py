@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer
 
 from molora.eval.encode import IGNORED
+from molora.eval.score import context_length
 from molora.train.memory_estimate import MemoryEstimate, estimate_memory
 from molora.train.prepare import training_arguments
 from molora.train.recipe import Recipe
@@ -79,7 +80,8 @@ def dry_run(recipe: Recipe, prepared: tuple[Any, Any, Any, Any]) -> DryRun:
         trainer = make_trainer(recipe, args, model, tokenizer, rows, [], warnings.warn)
     first = [_rows_of(item) for item in islice(_items(rows), MEASURED)]
     packed = recipe.sequence.packing
-    longest = recipe.sequence.max_length if packed else _longest(rows, first)
+    limit = context_length(model, recipe.sequence.max_length)
+    longest = limit if packed else _longest(rows, first)
     assert longest is not None
     memory = estimate_memory(trainer, args.per_device_train_batch_size, longest, packed)
     return DryRun(schedule=_schedule(trainer, first), samples=_samples(recipe, tokenizer, rows), memory=memory)

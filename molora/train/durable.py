@@ -88,6 +88,8 @@ def damage(folder: Path) -> str | None:
         return f"{folder} has no {CHECKSUMS}"
     except ValueError:
         return f"{folder / CHECKSUMS} is not JSON"
+    if not isinstance(sums, dict) or not all(isinstance(v, list) and len(v) == 2 for v in sums.values()):
+        return f"{folder / CHECKSUMS} holds no checksums"
     for name, (size, crc) in sums.items():
         path = folder / name
         if not path.is_file():

@@ -23,7 +23,12 @@ def check_engine(training: dict[str, Any]) -> None:
     """
     deepspeed, fsdp = training.get("deepspeed"), training.get("fsdp")
     if isinstance(deepspeed, str):
-        _read_json("recipe.training.deepspeed", deepspeed_path(deepspeed))
+        deepspeed = _read_json("recipe.training.deepspeed", deepspeed_path(deepspeed))
+    if isinstance(deepspeed, dict):
+        zero = deepspeed.get("zero_optimization", {})
+        stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+        if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+            raise ValueError(f"recipe.training.deepspeed: zero_optimization.stage={stage!r} must be 0, 1, 2 or 3")
     if not fsdp:
         return
     if deepspeed:

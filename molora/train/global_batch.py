@@ -38,7 +38,10 @@ def check_global_batch(folder: Path, began: dict[str, Any], training: dict[str, 
     """
     file, now = folder / BATCH_FILE, global_batch(training)
     if file.is_file():
-        then = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            then = {key: int(json.loads(file.read_text(encoding="utf-8"))[key]) for key in now}
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({error}); write into it how the run began: {now}") from error
     else:
         then = global_batch(began) | {"ranks": 1}  # a run from before such notes
     if now == then:

@@ -11,15 +11,16 @@ from typing import Any
 from transformers import TrainerState
 
 from molora.eval.disk import check_directory
+from molora.eval.results import write_text
 from molora.eval.strict import parse_yaml
 from molora.train.durable import checkpoints, last_whole_checkpoint
-from molora.train.global_batch import check_global_batch
+from molora.train.global_batch import ROWS, STEPS, check_global_batch
 from molora.train.recipe import Recipe, recipe_yaml
 
 RECIPE_FILE, RESULTS_FILE, BEFORE_FILE, CURVE_FILE = "recipe.yaml", "results.json", "before.json", "loss_curve.json"
 
-NOT_THE_RUN = {"sequence.cache"}
-"""Keys of a recipe that a resumed run may change."""
+NOT_THE_RUN = {"sequence.cache", "training.output_dir", f"training.{ROWS}", f"training.{STEPS}"}
+"""Keys of a recipe that a resumed run may change; the last two as `check_global_batch` allows."""
 
 
 def find_checkpoint(recipe: Recipe, *, resume: bool, warn: Callable[[str], Any] = warnings.warn) -> str | None:
@@ -80,7 +81,35 @@ def last_checkpoint(folder: Path) -> str | None:
 def stored_results(recipe: Recipe) -> dict[str, Any] | None:
     """The results of a run that is complete; they are the last file that a run writes."""
     path = recipe.output_dir / RESULTS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a run.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); delete it, and what it held is made again") from error
+
+
+def claim(recipe: Recipe, *, resume: bool) -> None:
+    """Makes ``output_dir`` this run's, before any other that starts at the same time.
+
+    Raises:
+        ValueError: another run was first.
+    """
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        (recipe.output_dir / RECIPE_FILE).touch(exist_ok=resume)
+    except FileExistsError as error:
+        raise ValueError(
+            f"another run has just begun in {recipe.output_dir}; choose another training.output_dir"
+        ) from error
+    write_text(recipe.output_dir / RECIPE_FILE, recipe_yaml(recipe))
 
 
 def finished_state(checkpoint: str | None) -> TrainerState | None:
@@ -100,6 +129,8 @@ def mean_loss(log: list[dict[str, Any]]) -> float | None:
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if path.endswith(".replace") and isinstance(value, dict):  # its order counts
+        value = [list(pair) for pair in value.items()]
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if items is None:
         return {path: value}

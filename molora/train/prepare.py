@@ -48,6 +48,11 @@ def prepare(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Any, li
     args = training_arguments(recipe)
     check_optimizer(recipe, args)
     peak_flops(args.device)
+    if recipe.base.quantization is not None and partitions(args):
+        raise ValueError(
+            f"base.quantization={recipe.base.quantization!r} cannot be partitioned: every process would hold the whole "
+            "base all the same; use --deepspeed zero2 or no engine, or leave quantization out"
+        )
     seed = args.seed
     check_directory(recipe.output_dir, "training.output_dir")
     with enough_memory("loading the base", lambda: "set base.dtype to bfloat16, or base.quantization to nf4"):

@@ -17,7 +17,7 @@ from molora.eval.disk import writing
 from molora.eval.encode import collate
 from molora.eval.memory import enough_memory
 from molora.eval.ranks import is_first, wait_for_all
-from molora.eval.results import header, peak_memory_bytes, write_json, write_text
+from molora.eval.results import header, peak_memory_bytes, write_json
 from molora.eval.suite import run_suite
 from molora.integrations.deepspeed import whole
 from molora.train.checkpoint import LogAtSaves
@@ -27,8 +27,8 @@ from molora.train.mixing import TaskReport
 from molora.train.output import (
     BEFORE_FILE,
     CURVE_FILE,
-    RECIPE_FILE,
     RESULTS_FILE,
+    claim,
     find_checkpoint,
     finished_state,
     mean_loss,
@@ -36,7 +36,7 @@ from molora.train.output import (
 )
 from molora.train.packing import PackedRows, PackedStream, collate_packed
 from molora.train.prepare import fewest, initialize_from_data, prepare, training_arguments
-from molora.train.recipe import Recipe, recipe_yaml
+from molora.train.recipe import Recipe
 from molora.train.routing_log import RoutingLog
 from molora.train.smaller_steps import smaller_steps
 from molora.train.task_loss import TaskLosses
@@ -97,7 +97,7 @@ def train(
     with writing(str(recipe.output_dir), "make room and start again"):
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
         if is_first():
-            write_text(recipe.output_dir / RECIPE_FILE, recipe_yaml(recipe))
+            claim(recipe, resume=resume)
             write_global_batch(recipe.output_dir, recipe.training)
 
     def score(when: str) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import fields
 from functools import cache
 from importlib.util import find_spec
@@ -124,6 +125,14 @@ def check_services(training: dict[str, Any]) -> None:
             raise ValueError(
                 f"recipe.training.report_to names {service!r}, which is not installed; pip install 'molora[telemetry]'"
             )
+        if service == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
+            import wandb
+
+            if not wandb.api.api_key:
+                raise ValueError(
+                    "recipe.training.report_to names 'wandb', which has no key here; run `wandb login`, or set "
+                    "WANDB_MODE=offline"
+                )
 
 
 def check_lora(keys: dict[str, Any]) -> None:

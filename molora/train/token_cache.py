@@ -51,7 +51,7 @@ def cache_key(task: TaskConfig, tokenizer: PreTrainedTokenizerBase, settings: di
         "settings": settings,
         "day": date.today().isoformat() if "strftime_now" in str(tokenizer.chat_template) else None,
     }
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
 def cached(key: str, make: Callable[[], tuple[Dataset, dict[str, Any]]]) -> tuple[Dataset, dict[str, Any]]:
