@@ -36,6 +36,7 @@ def test_a_shipped_configuration_fits_every_recipe(name: str) -> None:
     [
         ({"deepspeed": "zero4"}, r"'zero4' is neither .*\(zero1, zero2, zero3, zero3-offload\) nor a file"),
         ({"deepspeed": "zero2", "fsdp": True}, "both deepspeed and fsdp; a run has one engine"),
+        ({"deepspeed": {"zero_optimization": {"stage": 9}}}, "zero_optimization.stage=9 must be 0, 1, 2 or 3"),
         ({"fsdp": True, "fsdp_config": {"version": 1}}, "version=1 flattens parameters.*set it to 2"),
         ({"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}, "saves pieces and no adapter"),
         ({"fsdp": True, "fsdp_config": {"cpu_ram_efficient_loading": True}}, "use --deepspeed zero3"),

@@ -15,7 +15,8 @@ from transformers import Trainer
 
 from molora.eval import terminal
 from molora.train import run
-from molora.train.output import mean_loss
+from molora.train.output import claim, mean_loss
+from molora.train.recipe import read_recipe
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +186,31 @@ def test_no_line_of_the_log_reaches_over_a_save(base: str, tmp_path: Path) -> No
     shutil.rmtree(out / "checkpoint-7")
     assert molora("train", recipe, "--resume") == 0
     assert losses(out) == whole and json.loads((out / "results.json").read_text())["training"]["loss"] == mean
+
+
+def test_two_runs_cannot_begin_in_one_directory(base: str, tmp_path: Path) -> None:
+    """Whoever claims it first has it; a check before a claim would let both in."""
+    recipe = read_recipe(write_recipe(tmp_path, base))
+    claim(recipe, resume=False)
+    with pytest.raises(ValueError, match="another run has just begun in .*; choose another training.output_dir"):
+        claim(recipe, resume=False)
+    claim(recipe, resume=True)
+    assert read_recipe(tmp_path / "out" / "recipe.yaml") == recipe
+
+
+def test_what_may_change_and_what_is_damaged(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = write_recipe(tmp_path, base, max_steps=4, gradient_accumulation_steps=2), tmp_path / "out"
+    assert molora("train", recipe, "evaluation.before=false") == 0
+    (out / "results.json").write_text("{")
+    assert molora("train", recipe, "evaluation.before=false", "--resume") == 2
+    assert "results.json is not JSON" in error(capsys)
+    (out / "results.json").unlink()
+    out.rename(tmp_path / "moved")
+    split = [f"training.output_dir={tmp_path / 'moved'}", "training.gradient_accumulation_steps=1"]
+    assert molora("train", recipe, "evaluation.before=false", *split, "--resume") == 2
+    assert "--resume keeps the rows of a step" in error(capsys)
+    (tmp_path / "moved" / "checkpoint-4" / "checksums.json").write_text("[]")
+    (tmp_path / "moved" / "global_batch.json").write_text("[]")
+    moved = [f"training.output_dir={tmp_path / 'moved'}"]
+    assert molora("train", recipe, "evaluation.before=false", *moved, "--resume") == 2
+    assert "global_batch.json is damaged" in error(capsys)

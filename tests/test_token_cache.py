@@ -21,6 +21,7 @@ from molora.train.mixing import encode_task
 from molora.train.recipe import SequenceConfig
 from molora.train.token_cache import cache_key, cached
 
+PAIRS = [("1", "2"), ("2", "3")]
 ROWS = [{"q": f"{i} and {i}", "a": str(2 * i)} for i in range(30)]
 
 
@@ -69,6 +70,7 @@ def test_the_key_is_all_that_tokens_are_a_function_of(tmp_path: Path, monkeypatc
     assert {cache_key(*given) for given in same} == {key}
     others = [(replace(base, **change), tokenizer, settings) for change in ({"prompt": "{q}"}, {"limit": 3})]
     others += [(replace(base, data=write_jsonl(tmp_path / "c.jsonl", ROWS[:-1])), tokenizer, settings)]
+    others += [(replace(base, replace=dict(order)), tokenizer, settings) for order in (PAIRS, PAIRS[::-1])]
     others += [(base, chat, settings), (base, longer, settings), (base, tokenizer, settings | {"limit": 15})]
     keys = {cache_key(*given) for given in others}
     assert len(keys) == len(others) and key not in keys
