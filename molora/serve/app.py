@@ -121,32 +121,41 @@ async def _complete(server: Server, request: Request, body: Body) -> Response:
     """One request of either kind, for each of its prompts."""
     prompts = server.prompts(body)
     asked = [server.request(body, ids) for ids in prompts]
-    for one in asked[:1]:
-        _admit(server, one)
+    _admit(server, len(asked))
     routed = {None: None, False: None, True: "mean"}.get(body.routed_experts, "layers")  # type: ignore[arg-type]
     chat = isinstance(body, ChatRequest)
-    form = Format(body.model, chat, routed, server.engine.tracer.expert_names, server.engine.tracer)
+    form = Format(body.model, chat, routed, server.engine.tracer)
     read = sum(map(len, prompts))
     answers = [server.answer(one, body.stops) for one in asked]
     if not body.stream:
         if body.stream_options is not None:
             raise ApiError(400, "stream_options goes with stream: true", "stream_options")
-        pieces = await _unless_left(request, asyncio.gather(*map(_collected, answers)))
+        pieces = await _unless_left(request, _all_collected(answers))
         return JSONResponse(form.whole(pieces, read))
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     return StreamingResponse(_events(form, answers, read, with_usage), media_type="text/event-stream")
 
 
-def _admit(server: Server, one: Any) -> None:
+def _admit(server: Server, count: int) -> None:
     """Refuses before the first byte of a stream, when there is still a status to give."""
     try:
-        server.engine.check(one)
+        server.engine.check(count)
     except EngineError as error:
         raise ApiError(error.status, str(error)) from error
 
 
 async def _collected(answer: AsyncIterator[Piece]) -> Piece:
     return joined([piece async for piece in answer])
+
+
+async def _all_collected(answers: Sequence[AsyncIterator[Piece]]) -> list[Piece]:
+    """Where one fails, the others are cancelled: nobody waits for them."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_collected(answer)) for answer in answers]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 async def _unless_left(request: Request, work: Any) -> Any:

@@ -17,6 +17,11 @@ from molora.serve.steering import Steering
 from molora.serve.tracing import TokenRouting, Tracer
 
 
+LOOK_S = 1.0
+"""A request that waits looks so often whether the engine runs: one that was being handed over when it ended is in no
+list of the manager's, which tells the others."""
+
+
 class EngineError(Exception):
     """What ends a request from inside.
 
@@ -113,14 +118,17 @@ class Engine:
         with self.manager.pause():
             yield
 
-    def check(self, request: Request) -> None:
-        """Raises EngineError for a request that cannot be served, or not now."""
+    def check(self, count: int = 1) -> None:
+        """Raises EngineError where so many requests cannot be served now, or never."""
         if self._closing or self.error:
             raise EngineError(
                 503, "the server is shutting down" if self._closing else f"the engine failed: {self.error}"
             )
-        if self.open >= self.limits.max_running + self.limits.max_waiting:
-            raise EngineError(429, f"{self.open} requests are running or waiting, which is the limit; try again later")
+        most = self.limits.max_running + self.limits.max_waiting
+        if count > most:
+            raise EngineError(400, f"{count} prompts in one request, and {most} may run or wait; send fewer at a time")
+        if self.open + count > most:
+            raise EngineError(429, f"{self.open} requests run or wait, and {most} may; try again later")
 
     async def stream(self, request: Request) -> AsyncGenerator[Step]:
         """The answer's tokens as they come. Leaving the iteration cancels the request.
@@ -128,7 +136,7 @@ class Engine:
         Raises:
             EngineError: the server is full, stops or failed, or the time limit is over.
         """
-        self.check(request)
+        self.check()
         name = f"r{next(self._numbers)}"
         outputs: asyncio.Queue[Any] = asyncio.Queue()
         finished = False
@@ -149,9 +157,14 @@ class Engine:
             seen, ends = 0, time.monotonic() + self.limits.timeout_s
             while not finished:
                 try:
-                    output = await asyncio.wait_for(outputs.get(), ends - time.monotonic())
+                    output = await asyncio.wait_for(outputs.get(), min(LOOK_S, ends - time.monotonic()))
                 except TimeoutError:
-                    raise EngineError(504, f"the answer took more than {self.limits.timeout_s:g} seconds") from None
+                    if time.monotonic() >= ends:
+                        limit = f"the answer took more than {self.limits.timeout_s:g} seconds"
+                        raise EngineError(504, limit) from None
+                    if self.error:
+                        raise EngineError(503, f"the engine failed: {self.error}") from None
+                    continue
                 finished = output.is_finished()
                 if output.error is not None:
                     raise EngineError(503, f"the engine failed: {output.error}")

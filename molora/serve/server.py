@@ -164,7 +164,7 @@ class Server:
                     timer.observe(now - last)
                     last, timer = now, self.metrics.between_tokens
                     self.metrics.tokens.inc(len(step.tokens))
-                    self.metrics.count_shares(self.engine.tracer.expert_names, [t.share for t in step.routing])
+                    self.metrics.count_shares(step.routing)
                     routing += step.routing
                     texts = text.push(step.tokens)
                     reason = "stop" if text.stopped else step.finish_reason
