@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from molora.integrations.continuous_batching import fatal_error, forget, make_manager, sampling_arguments
 from molora.serve.limits import Limits
 from molora.serve.steering import Steering
@@ -117,6 +119,8 @@ class Engine:
         """No forward runs inside; requests keep their caches and go on behind it. For a thread, not an event loop."""
         with self.manager.pause():
             yield
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)  # the engine's stream does not wait for this thread's
 
     def check(self, count: int = 1) -> None:
         """Raises EngineError where so many requests cannot be served now, or never."""

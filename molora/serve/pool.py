@@ -36,7 +36,7 @@ class ExpertPool:
         Raises:
             ApiError: a name or a path that is not allowed, or an adapter that is refused.
         """
-        from molora import add_expert
+        from molora.adapters.expert_pool import prepare_expert
 
         self._check_changeable()
         if name in self.taken:
@@ -44,8 +44,9 @@ class ExpertPool:
         folder = self._checked(path)
 
         def add() -> None:
+            new = prepare_expert(self.engine.model, name, folder, examples=examples, tokenizer=self.tokenizer)
             with self.engine.paused():
-                add_expert(self.engine.model, name, folder, examples=examples, tokenizer=self.tokenizer)
+                new.add()
 
         await self._change(add)
 
