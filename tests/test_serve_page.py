@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from peft import LoraConfig, get_peft_model
@@ -21,6 +17,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from serving import listening
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molora import from_adapters
@@ -103,24 +100,6 @@ def page() -> Iterator[Page]:
         assert not wrong, wrong  # a script error, or what the policy forbids
     finally:
         driver.quit()
-
-
-@contextmanager
-def listening(app: Any) -> Iterator[str]:
-    """The address of an application that listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            while not server.started:
-                assert thread.is_alive(), "the server did not start"
-                time.sleep(0.01)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @pytest.fixture(scope="module")
