@@ -1,17 +1,13 @@
-"""An engine that runs inside a test, the offline answers that it must give, and an application that listens."""
+"""An engine that runs inside a test, the offline answers that it must give."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
-import threading
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import torch
-import uvicorn
 
 from molora import record_routing
 from molora.serve.engine import Engine, Request
@@ -61,10 +57,11 @@ def offline_gates(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> l
 
 async def collected(engine: Engine, request: Request) -> tuple[list[int], list[TokenRouting], str | None]:
     tokens, routing, reason = list[int](), list[TokenRouting](), None
-    async for step in engine.stream(request):
-        tokens += step.tokens
-        routing += step.routing
-        reason = step.finish_reason
+    with engine.places(1):
+        async for step in engine.stream(request):
+            tokens += step.tokens
+            routing += step.routing
+            reason = step.finish_reason
     return tokens, routing, reason
 
 
@@ -94,21 +91,3 @@ def answers(engine: Engine, requests: Sequence[Request]) -> list[tuple[list[int]
         return await asyncio.gather(*(collected(engine, request) for request in requests))
 
     return with_engine(engine, work)
-
-
-@contextmanager
-def listening(app: Any) -> Iterator[str]:
-    """The address of an application that listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            while not server.started:
-                assert thread.is_alive(), "the server did not start"
-                time.sleep(0.01)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join()

@@ -12,11 +12,12 @@ import httpx
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from serving import listening, offline
+from serving import offline
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molora import from_adapters
 from molora.assets import MOLORA_TINY
+from molora.bench.serving import listening
 from molora.serve.app import create_app
 from molora.serve.launch import make_server
 
@@ -31,12 +32,14 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for seed, name in enumerate((*EXPERTS, "chat")):
         torch.manual_seed(seed)
         options = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-        get_peft_model(AutoModelForCausalLM.from_pretrained(MOLORA_TINY), options).save_pretrained(folder / name)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(MOLORA_TINY, dtype=torch.float32), options).save_pretrained(
+            folder / name
+        )
     return {name: folder / name for name in (*EXPERTS, "chat")}
 
 
 def mixture(loras: dict[str, Path]) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(MOLORA_TINY)
+    base = AutoModelForCausalLM.from_pretrained(MOLORA_TINY, dtype=torch.float32)
     return from_adapters(base, {name: loras[name] for name in EXPERTS}, "arrow").eval()
 
 
@@ -50,7 +53,10 @@ def server(loras: dict[str, Path]) -> Any:
 
 @pytest.fixture(scope="module")
 def client(server: Any) -> Iterator[httpx.Client]:
-    with listening(create_app(server, drain_s=0.0)) as url, httpx.Client(base_url=url, headers=KEY, timeout=60) as client:
+    with (
+        listening(create_app(server, drain_s=0.0)) as url,
+        httpx.Client(base_url=url, headers=KEY, timeout=60) as client,
+    ):
         yield client
         assert client.get("health").json() == {"status": "ok"} and server.engine.open == 0
 
@@ -121,7 +127,11 @@ def test_a_stop_string_ends_an_answer_wherever_tokens_end(client: httpx.Client) 
         for stream in (False, True):
             answer = ask(client, max_tokens=24, stop=stop, stream=stream)
             first = stop if isinstance(stop, str) else stop[0]
-            lines = [line[6:] for line in answer.text.split("\n") if line.startswith("data: {")] if stream else [answer.text]
+            lines = (
+                [line[6:] for line in answer.text.split("\n") if line.startswith("data: {")]
+                if stream
+                else [answer.text]
+            )
             choices = [json.loads(line)["choices"][0] for line in lines]
             assert "".join(c["text"] for c in choices) == whole[: whole.index(first)]
             assert choices[-1]["finish_reason"] == "stop"
@@ -129,7 +139,11 @@ def test_a_stop_string_ends_an_answer_wherever_tokens_end(client: httpx.Client) 
 
 def test_experts_are_told_and_chosen_by_name(client: httpx.Client) -> None:
     models = client.get("v1/models").json()["data"]
-    assert [(m["id"], m["kind"]) for m in models] == [("mix", "mixture"), ("bare", "base"), *((e, "expert") for e in EXPERTS)]
+    assert [(m["id"], m["kind"]) for m in models] == [
+        ("mix", "mixture"),
+        ("bare", "base"),
+        *((e, "expert") for e in EXPERTS),
+    ]
     choice = ask(client, routed_experts="layers").json()["choices"][0]
     routed = choice["routed_experts"]
     assert routed["experts"] == list(EXPERTS) and "".join(routed["texts"]) == choice["text"]
@@ -143,7 +157,7 @@ def test_experts_are_told_and_chosen_by_name(client: httpx.Client) -> None:
 
 
 def text_of_base() -> str:
-    base = AutoModelForCausalLM.from_pretrained(MOLORA_TINY)
+    base = AutoModelForCausalLM.from_pretrained(MOLORA_TINY, dtype=torch.float32)
     return TOKENIZER.decode(offline(base, TOKENIZER("It was")["input_ids"]))
 
 
@@ -285,7 +299,9 @@ def test_an_expert_is_loaded_served_and_unloaded(client: httpx.Client, loras: di
     is_refusal(client.post("v1/load_lora_adapter", json=body), 400, "lora_name")
     from lora_pools import PeftModel
 
-    alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MOLORA_TINY), loras["chat"]).eval()
+    alone = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(MOLORA_TINY, dtype=torch.float32), loras["chat"]
+    ).eval()
     assert text_of(client, model="chat") == TOKENIZER.decode(offline(alone, TOKENIZER("It was")["input_ids"]))
     is_refusal(client.post("v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/etc"}), 403, "lora_path")
     assert client.post("v1/unload_lora_adapter", json={"lora_name": "chat"}).status_code == 200

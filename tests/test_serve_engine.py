@@ -217,11 +217,12 @@ def test_a_full_engine_refuses_and_a_slow_answer_is_given_up(arrow: PeftModel) -
         await asyncio.sleep(0)
         errors = [EngineError(0, "")]
         for count in (1, 4):
-            with pytest.raises(EngineError) as refused:
-                engine.check(count)
+            with pytest.raises(EngineError) as refused, engine.places(count):
+                pass
             errors.append(refused.value)
         done = await asyncio.gather(*tasks)
-        engine.check(3)
+        with engine.places(3):
+            pass
         object.__setattr__(engine.limits, "timeout_s", 0.0)
         with pytest.raises(EngineError, match="more than 0 seconds") as slow:
             await collected(engine, greedy(prompt, 40))

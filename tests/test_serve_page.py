@@ -17,11 +17,11 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from serving import listening
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molora import from_adapters
 from molora.assets import MOLORA_TINY
+from molora.bench.serving import listening
 from molora.serve.answers import Format, Piece
 from molora.serve.app import create_app
 from molora.serve.launch import make_server

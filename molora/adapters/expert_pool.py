@@ -46,7 +46,13 @@ def add_expert(
             is then as it was.
     """
     new = prepare_expert(
-        model, name, path, examples=examples, tokenizer=tokenizer, allow_partial=allow_partial, adapter_name=adapter_name
+        model,
+        name,
+        path,
+        examples=examples,
+        tokenizer=tokenizer,
+        allow_partial=allow_partial,
+        adapter_name=adapter_name,
     )
     new.add()
 

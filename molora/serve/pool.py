@@ -89,9 +89,7 @@ class ExpertPool:
             raise ApiError(400, f"lora_path {path[:100]!r} is no path: {error}", "lora_path") from error
         if not any(folder.is_relative_to(allowed.resolve()) for allowed in self.allowed):
             where = ", ".join(map(str, self.allowed)) or "nowhere: start the server with --adapter-dir"
-            raise ApiError(
-                403, f"lora_path {path[:100]!r} is not allowed; adapters may lie below {where}", "lora_path"
-            )
+            raise ApiError(403, f"lora_path {path[:100]!r} is not allowed; adapters may lie below {where}", "lora_path")
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             file = folder / name
             if not os.path.isfile(file):  # unlike Path's, this takes names that are too long
