@@ -1,4 +1,4 @@
-"""The endpoints over a socket: answers in OpenAI's form, refusals that name the field, and nothing that ends the server."""
+"""The endpoints over a socket: answers in OpenAI's form, refusals that name the field, a server that survives them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from serving import offline
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,21 +26,22 @@ TOKENIZER = AutoTokenizer.from_pretrained(MOLORA_TINY)
 KEY = {"Authorization": "Bearer right"}
 
 
+def tiny() -> Any:
+    return AutoModelForCausalLM.from_pretrained(MOLORA_TINY, dtype=torch.float32)
+
+
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("loras")
     for seed, name in enumerate((*EXPERTS, "chat")):
         torch.manual_seed(seed)
         options = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-        get_peft_model(AutoModelForCausalLM.from_pretrained(MOLORA_TINY, dtype=torch.float32), options).save_pretrained(
-            folder / name
-        )
+        get_peft_model(tiny(), options).save_pretrained(folder / name)
     return {name: folder / name for name in (*EXPERTS, "chat")}
 
 
 def mixture(loras: dict[str, Path]) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(MOLORA_TINY, dtype=torch.float32)
-    return from_adapters(base, {name: loras[name] for name in EXPERTS}, "arrow").eval()
+    return from_adapters(tiny(), {name: loras[name] for name in EXPERTS}, "arrow").eval()
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +158,7 @@ def test_experts_are_told_and_chosen_by_name(client: httpx.Client) -> None:
 
 
 def text_of_base() -> str:
-    base = AutoModelForCausalLM.from_pretrained(MOLORA_TINY, dtype=torch.float32)
-    return TOKENIZER.decode(offline(base, TOKENIZER("It was")["input_ids"]))
+    return TOKENIZER.decode(offline(tiny(), TOKENIZER("It was")["input_ids"]))
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -297,11 +297,7 @@ def test_an_expert_is_loaded_served_and_unloaded(client: httpx.Client, loras: di
     answer = client.post("v1/load_lora_adapter", json=body)
     assert answer.status_code == 200 and "'chat' added" in answer.text
     is_refusal(client.post("v1/load_lora_adapter", json=body), 400, "lora_name")
-    from lora_pools import PeftModel
-
-    alone = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(MOLORA_TINY, dtype=torch.float32), loras["chat"]
-    ).eval()
+    alone = PeftModel.from_pretrained(tiny(), loras["chat"]).eval()
     assert text_of(client, model="chat") == TOKENIZER.decode(offline(alone, TOKENIZER("It was")["input_ids"]))
     is_refusal(client.post("v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/etc"}), 403, "lora_path")
     assert client.post("v1/unload_lora_adapter", json={"lora_name": "chat"}).status_code == 200

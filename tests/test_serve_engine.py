@@ -1,4 +1,4 @@
-"""The engine gives the answers that `generate` gives, whatever else is in the batch and however little room there is."""
+"""The engine gives the answers that `generate` gives, whatever else is in the batch, however little room there is."""
 
 from __future__ import annotations
 
