@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -102,9 +102,10 @@ def prototypes(
     adapter: str,
     power_iterations: int | None = None,
     seed: int = 0,
-    experts: slice = slice(None),  # noqa: B008  (slices are immutable)
+    experts: Mapping[MoloraLayer, tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """For each router of the adapter, by name, the prototypes (n, D) of its experts, or of some."""
+    """For each router of the adapter, by name, the prototypes (n, D) of its experts, or of others: for each linear
+    their A (n, R, D) and B (n, R, O)."""
     readers: dict[MoloraLayer, list[MoloraLayer]] = {}
     for module in runtime.model().modules():  # type: ignore[union-attr]
         if isinstance(module, MoloraLayer) and adapter in module.molora_specs:
@@ -115,7 +116,10 @@ def prototypes(
     result = {}
     for site in runtime.sites:
         if site.adapter == adapter and site.owner is not None:
-            linears = [own for layer in readers[site.owner] if (own := layer.experts(adapter, "")) is not None]
-            pairs = [(own.A.expand(own.num_experts, -1, -1)[experts], own.B[experts]) for own in linears]
+            if experts is not None:
+                pairs = [experts[layer] for layer in readers[site.owner] if layer in experts]
+            else:
+                linears = [own for layer in readers[site.owner] if (own := layer.experts(adapter, "")) is not None]
+                pairs = [(own.A.expand(own.num_experts, -1, -1), own.B) for own in linears]
             result[site.name] = right_singular_vectors(pairs, power_iterations, seed)
     return result

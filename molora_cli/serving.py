@@ -99,5 +99,7 @@ def serve(
                 max_waiting=max_waiting,
                 timeout_s=timeout,
             )
-        terminal.out.print(f"http://{host}:{port}/v1 serves {', '.join(server.model_names)}", highlight=False)
+        terminal.out.print(
+            f"http://{host}:{port}/v1 serves {', '.join(server.model_names)}", highlight=False, soft_wrap=True
+        )
         run(server, host, port, drain)

@@ -131,12 +131,19 @@ def is_launch(command: str) -> None:
     assert (ROOT / words[1]).is_file(), command
 
 
+def is_serve(command: str) -> None:
+    """Its options are there."""
+    options = {option for parameter in COMMANDS["serve"].params for option in parameter.opts}
+    assert {word for word in command.split() if word.startswith("--")} <= options, command
+
+
 NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
     r"git clone ": ("needs the network", lambda command: None),
     r"cd molora$": ("the clone is not there", lambda command: None),
     r"pip install ": ("changes the environment", is_extra),
     r"(torchrun|deepspeed|accelerate launch) ": ("starts several processes, as tests/distributed does", is_launch),
     r"make ": ("makes an environment first", is_target),
+    r"molora serve ": ("serves until it is stopped", is_serve),
     r"python (benchmarks|recipes)/": ("takes minutes, or wants data that the repository does not have", is_script),
 }
 # Recipes on the data folder, which is not part of the repository; the runs they make bear their names.

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from peft import LoraConfig, get_peft_model
@@ -25,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molora import from_adapters
 from molora.assets import MOLORA_TINY
+from molora.bench.serving import listening
 from molora.serve.answers import Format, Piece
 from molora.serve.app import create_app
 from molora.serve.launch import make_server
@@ -103,24 +100,6 @@ def page() -> Iterator[Page]:
         assert not wrong, wrong  # a script error, or what the policy forbids
     finally:
         driver.quit()
-
-
-@contextmanager
-def listening(app: Any) -> Iterator[str]:
-    """The address of an application that listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            while not server.started:
-                assert thread.is_alive(), "the server did not start"
-                time.sleep(0.01)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -227,10 +206,10 @@ def test_refusals_are_shown_in_the_words_of_the_server(page: Page, served: str) 
 # ---- answers written here
 
 
-def written(pieces: list[Piece], experts: list[str], done: bool = True, traced: bool = True) -> Any:
+def written(pieces: list[Piece], done: bool = True, traced: bool = True) -> Any:
     """A server that has one model and one answer."""
     app = FastAPI()
-    form = Format("model", False, "mean" if traced else None, experts, None)
+    form = Format("model", False, "mean" if traced else None, None)
 
     @app.get("/")
     async def index():
@@ -250,13 +229,13 @@ def written(pieces: list[Piece], experts: list[str], done: bool = True, traced: 
     return app
 
 
-def token(share: list[float]) -> TokenRouting:
-    return TokenRouting(torch.tensor(share), torch.tensor([share]))
+def token(experts: Sequence[str], share: list[float]) -> TokenRouting:
+    return TokenRouting(tuple(experts), torch.tensor(share), torch.tensor([share]))
 
 
 def test_nothing_a_server_says_becomes_html(page: Page) -> None:
     evil = "<img src=x onerror=alert(1)>"
-    with listening(written([Piece([evil], [token([1.0])], "stop")], [evil])) as url:
+    with listening(written([Piece([evil], [token([evil], [1.0])], "stop")])) as url:
         page.open(url)
         page.send(evil)
         assert page.texts(".text") == [evil] == page.texts(".prompt") and evil in page.texts(".legend")[0]
@@ -265,9 +244,9 @@ def test_nothing_a_server_says_becomes_html(page: Page) -> None:
 
 def test_more_experts_than_colours_and_a_character_of_several_tokens(page: Page) -> None:
     experts = [f"expert-{n}" for n in range(30)]
-    routing = [token(row) for row in torch.eye(30).tolist()]
+    routing = [token(experts, row) for row in torch.eye(30).tolist()]
     texts = ["", "", *(f" w{n}" for n in range(27)), "\n"]  # the first three tokens are one word
-    with listening(written([Piece(texts[:5], routing[:5]), Piece(texts[5:], routing[5:], "stop")], experts)) as url:
+    with listening(written([Piece(texts[:5], routing[:5]), Piece(texts[5:], routing[5:], "stop")])) as url:
         page.open(url, width=390)
         page.send("x")
         assert page.texts(".text") == ["".join(texts).lstrip()] and page.texts(".meta") == ["30 tokens"]
@@ -284,7 +263,7 @@ def test_more_experts_than_colours_and_a_character_of_several_tokens(page: Page)
 
 
 def test_an_answer_that_breaks_off_says_so(page: Page) -> None:
-    with listening(written([Piece(["He"], [token([1.0])])], ["one"], done=False)) as url:
+    with listening(written([Piece(["He"], [token(["one"], [1.0])])], done=False)) as url:
         page.open(url)
         page.send("x")
         assert page.texts(".failed") == ["The server broke off. It says: “the engine failed”"]
@@ -292,7 +271,7 @@ def test_an_answer_that_breaks_off_says_so(page: Page) -> None:
 
 
 def test_a_model_that_cannot_be_traced_answers_without_colours(page: Page) -> None:
-    with listening(written([Piece([" plain", " text"], [], "length")], [], traced=False)) as url:
+    with listening(written([Piece([" plain", " text"], [], "length")], traced=False)) as url:
         page.open(url)
         assert "--eager" in page.one("about").text
         page.send("x")
@@ -303,8 +282,8 @@ def test_a_model_that_cannot_be_traced_answers_without_colours(page: Page) -> No
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_colour_leaves_the_text_legible(dark: bool, page: Page) -> None:
     """The deepest colour under the text: a contrast of 4.5 to 1 (WCAG 2.2, 1.4.3)."""
-    routing = [token(row) for row in torch.eye(7).tolist()]
-    with listening(written([Piece([f"w{n}" for n in range(7)], routing, "stop")], list("abcdefg"))) as url:
+    routing = [token("abcdefg", row) for row in torch.eye(7).tolist()]
+    with listening(written([Piece([f"w{n}" for n in range(7)], routing, "stop")])) as url:
         page.open(url, dark=dark)
         page.send("x")
         paint = """

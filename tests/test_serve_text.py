@@ -48,6 +48,13 @@ def test_a_character_of_several_tokens_belongs_to_the_last() -> None:
     assert TextStream(TOKENIZER, [], []).push(ids) == [""] * (len(ids) - 1) + [TOKENIZER.decode(ids)]
 
 
+def test_nothing_of_a_prompt_that_ends_within_a_character_is_given_out() -> None:
+    broken = TOKENIZER("some text 🙂", add_special_tokens=False)["input_ids"][:-1]
+    ids = TOKENIZER(" and more", add_special_tokens=False)["input_ids"]
+    stream = TextStream(TOKENIZER, broken, [])
+    assert "".join(stream.push(ids) + stream.finish()) == " and more"
+
+
 def test_a_token_is_held_back_whole_where_a_stop_string_may_begin() -> None:
     first, second = ([token] for token in TOKENIZER("AB", add_special_tokens=False)["input_ids"])
     stream = TextStream(TOKENIZER, [], ["BC"])

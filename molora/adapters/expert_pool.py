@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,75 @@ def add_expert(
         ValueError: a name that is taken, a router that would have to be trained, an adapter that is refused; the model
             is then as it was.
     """
+    new = prepare_expert(
+        model,
+        name,
+        path,
+        examples=examples,
+        tokenizer=tokenizer,
+        allow_partial=allow_partial,
+        adapter_name=adapter_name,
+    )
+    new.add()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewExpert:
+    """An expert that was read and checked for a pool; it is in the pool from `add` on.
+
+    Attributes:
+        weights: for each linear of the pool A (1, R, D) and B (1, R, O), zeros where the adapter leaves it out.
+        vectors: for each router, by name, the expert's (1, D'); None: `add` makes them of its example prompts, for
+            which it runs the model.
+        others: the experts that were there.
+    """
+
+    name: str
+    runtime: Runtime
+    adapter: str
+    config: Any
+    weights: Mapping[MixedLinear, tuple[Tensor, Tensor]]
+    vectors: Mapping[str, Tensor] | None
+    others: tuple[str, ...]
+    examples: Sequence[str]
+    tokenizer: Any
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Puts the expert into its pool: no forward may run meanwhile.
+
+        Raises:
+            ValueError: the pool changed since the expert was prepared.
+        """
+        runtime, adapter, config = self.runtime, self.adapter, self.config
+        if tuple(config.expert_names) != self.others:
+            raise ValueError(f"the pool changed while expert {self.name!r} was read; add it again")
+        vectors = self.vectors
+        if vectors is None:
+            examples, base = {self.name: self.examples}, runtime.model()
+            assert base is not None
+            vectors = example_vectors(base, runtime, adapter, config.router, examples, self.tokenizer)
+        for layer, weights in self.weights.items():
+            _append(layer, adapter, *weights)
+        old = _vectors(runtime, adapter)
+        _renew(runtime, adapter, config, [*self.others, self.name], {
+            site: torch.cat([old[site], new.to(old[site])]) for site, new in vectors.items()
+        })  # fmt: skip
+
+
+@torch.no_grad()
+def prepare_expert(
+    model: Any,
+    name: str,
+    path: str | os.PathLike[str],
+    *,
+    examples: Sequence[str] | None = None,
+    tokenizer: Any = None,
+    allow_partial: bool = False,
+    adapter_name: str | None = None,
+) -> NewExpert:
+    """What takes time of `add_expert`, with its arguments and errors: reading, checking, prototypes. It changes nothing
+    and may run beside forwards of the model."""
     runtime, adapter, config = _pool_of(model, adapter_name)
     check_name(name)
     if name in config.expert_names:
@@ -73,17 +142,18 @@ def add_expert(
         )
     first: Any = next(iter(linears.values()))
     check_range(name, pairs, first.molora_A[adapter].weight.dtype)
-    new = None
-    if config.router.has_centroids:
-        new = example_vectors(base, runtime, adapter, config.router, {name: examples or ()}, tokenizer)
-    for linear, layer in linears.items():
-        _append(layer, adapter, pairs.get(linear))
-    if new is None:
-        new = prototypes(runtime, adapter, experts=slice(-1, None))
-    old = _vectors(runtime, adapter)
-    _renew(runtime, adapter, config, [*config.expert_names, name], {
-        site: torch.cat([old[site], vectors.to(old[site])]) for site, vectors in new.items()
-    })  # fmt: skip
+    weights = {layer: _weights(layer, adapter, pairs.get(linear)) for linear, layer in linears.items()}
+    return NewExpert(
+        name=name,
+        runtime=runtime,
+        adapter=adapter,
+        config=config,
+        weights=weights,
+        vectors=None if config.router.has_centroids else prototypes(runtime, adapter, experts=weights),
+        others=tuple(config.expert_names),
+        examples=examples or (),
+        tokenizer=tokenizer,
+    )
 
 
 def delete_expert(model: Any, name: str, *, adapter_name: str | None = None) -> None:
@@ -122,19 +192,24 @@ def _pool_of(model: Any, adapter_name: str | None) -> tuple[Runtime, str, Any]:
     return runtime, adapter, config
 
 
-@torch.no_grad()
-def _append(layer: MixedLinear, adapter: str, pair: LoraPair | None) -> None:
-    spec = layer.molora_specs[adapter][""]
-    r = spec.r if pair is None else max(spec.r, len(pair.A))
+def _weights(layer: MixedLinear, adapter: str, pair: LoraPair | None) -> tuple[Tensor, Tensor]:
+    """A (1, R, D) and B (1, R, O) of one expert for a linear, of its rank there or a higher one."""
+    r = layer.molora_specs[adapter][""].r if pair is None else max(layer.molora_specs[adapter][""].r, len(pair.A))
+    old = [getattr(layer, c)[adapter].weight.detach() for c in ("molora_A", "molora_B")]
+    A, B = (torch.zeros(1, r, w.shape[2], dtype=w.dtype, device=w.device) for w in old)
+    if pair is not None:
+        A[0, : len(pair.A)] = pair.A.to(A.device)
+        B[0, : len(pair.A)] = pair.B.T.to(B.device).float() * pair.scaling
+    return A, B
+
+
+def _append(layer: MixedLinear, adapter: str, *new: Tensor) -> None:
+    """One expert more, of the rank of the others or a higher one, to which they are then filled up with zeros."""
+    spec, r = layer.molora_specs[adapter][""], new[0].shape[1]
     layer.molora_specs[adapter][""] = replace(spec, r=r, lora_alpha=r)
     old = [getattr(layer, c)[adapter].weight.detach() for c in ("molora_A", "molora_B")]
-    A, B = (torch.zeros(len(w) + 1, r, w.shape[2], dtype=w.dtype, device=w.device) for w in old)
-    for new, w in zip((A, B), old, strict=True):
-        new[:-1, : spec.r] = w
-    if pair is not None:
-        A[-1, : len(pair.A)] = pair.A.to(A.device)
-        B[-1, : len(pair.A)] = pair.B.T.to(B.device).float() * pair.scaling
-    replace_experts(layer, adapter, A, B)
+    filled = [torch.nn.functional.pad(w, (0, 0, 0, r - spec.r)) for w in old]
+    replace_experts(layer, adapter, *(torch.cat(both) for both in zip(filled, new, strict=True)))
 
 
 def _vectors(runtime: Runtime, adapter: str) -> dict[str, Tensor]:

@@ -31,25 +31,33 @@ THROUGHPUT_AT, LEAST_THROUGHPUT, LATENCY_LIMIT = 32, 0.85, 1.20
 @contextlib.contextmanager
 def served(model: Any, **options: Any) -> Iterator[str]:
     """The model behind an endpoint of this process on a free port; its address."""
-    import uvicorn
-
     from molora.serve.app import create_app
     from molora.serve.launch import make_server
 
     server = make_server(model, load_tokenizer("molora-tiny"), "model", **options)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = uvicorn.Server(uvicorn.Config(create_app(server, 1.0), port=port, log_level="error"))
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    try:
-        while not running.started:
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        running.should_exit = True
-        thread.join()
+    with listening(create_app(server, 1.0)) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """The address of an application that listens, in a thread of this process, on a free port."""
+    import uvicorn
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not server.started:
+                if not thread.is_alive():
+                    raise RuntimeError("the server did not start; its log says why")
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def loaded(url: str, streams: int, requests: int, tokens: int) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from molora.serve.tracing import TokenRouting
 
 
@@ -46,11 +48,11 @@ class Format:
     Args:
         chat: chat completions, else plain ones.
         routed: None, "mean" or "layers": how much of the routing is told.
-        experts, routers: their names, for the routing.
+        tracer: knows the names of the routers.
     """
 
-    def __init__(self, model: str, chat: bool, routed: str | None, experts: list[str], tracer: Any) -> None:
-        self.model, self.chat, self.routed, self.experts, self.tracer = model, chat, routed, experts, tracer
+    def __init__(self, model: str, chat: bool, routed: str | None, tracer: Any) -> None:
+        self.model, self.chat, self.routed, self.tracer = model, chat, routed, tracer
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
@@ -94,16 +96,17 @@ class Format:
 
     def _routed(self, piece: Piece) -> dict[str, Any]:
         """``experts`` the names, ``texts`` (tokens,) that add up to the piece's, ``shares`` (tokens, experts); and by
-        layer ``routers`` and ``gates`` (tokens, routers, experts), shares and gates rounded to four digits."""
-        routing = piece.routing
-        names = self.experts or [str(i) for i in range(len(routing[0].share) if routing else 0)]
-        shares = [_rounded(token.share.tolist()) for token in routing]
-        found: dict[str, Any] = {"experts": names, "texts": piece.texts, "shares": shares}
+        layer ``routers`` and ``gates`` (tokens, routers, experts), shares and gates rounded to four digits. An expert
+        that was not there when a token was made has 0."""
+        names = list(dict.fromkeys(name for token in piece.routing for name in token.experts))
+        found: dict[str, Any] = {"experts": names, "texts": piece.texts}
+        found["shares"] = [_by_name(names, token, token.share) for token in piece.routing]
         if self.routed == "layers":
             found["routers"] = list(self.tracer.router_names)
-            found["gates"] = [[_rounded(gates) for gates in token.gates.tolist()] for token in routing]
+            found["gates"] = [[_by_name(names, token, gates) for gates in token.gates] for token in piece.routing]
         return found
 
 
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [round(value, 4) for value in values]
+def _by_name(names: Sequence[str], token: TokenRouting, values: Tensor) -> list[float]:
+    found = dict(zip(token.experts, values.tolist(), strict=True))
+    return [round(found.get(name, 0.0), 4) for name in names]

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -121,32 +121,49 @@ async def _complete(server: Server, request: Request, body: Body) -> Response:
     """One request of either kind, for each of its prompts."""
     prompts = server.prompts(body)
     asked = [server.request(body, ids) for ids in prompts]
-    for one in asked[:1]:
-        _admit(server, one)
     routed = {None: None, False: None, True: "mean"}.get(body.routed_experts, "layers")  # type: ignore[arg-type]
     chat = isinstance(body, ChatRequest)
-    form = Format(body.model, chat, routed, server.engine.tracer.expert_names, server.engine.tracer)
+    form = Format(body.model, chat, routed, server.engine.tracer)
     read = sum(map(len, prompts))
     answers = [server.answer(one, body.stops) for one in asked]
-    if not body.stream:
-        if body.stream_options is not None:
-            raise ApiError(400, "stream_options goes with stream: true", "stream_options")
-        pieces = await _unless_left(request, asyncio.gather(*map(_collected, answers)))
-        return JSONResponse(form.whole(pieces, read))
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    return StreamingResponse(_events(form, answers, read, with_usage), media_type="text/event-stream")
+    if not body.stream and body.stream_options is not None:
+        raise ApiError(400, "stream_options goes with stream: true", "stream_options")
+    with ExitStack() as places:
+        try:
+            places.enter_context(server.engine.places(len(asked)))
+        except EngineError as error:
+            raise ApiError(error.status, str(error)) from error
+        if body.stream:
+            with_usage = body.stream_options is not None and body.stream_options.include_usage
+            return _Stream(_events(form, answers, read, with_usage), places.pop_all())
+        return JSONResponse(form.whole(await _unless_left(request, _all_collected(answers)), read))
 
 
-def _admit(server: Server, one: Any) -> None:
-    """Refuses before the first byte of a stream, when there is still a status to give."""
-    try:
-        server.engine.check(one)
-    except EngineError as error:
-        raise ApiError(error.status, str(error)) from error
+class _Stream(StreamingResponse):
+    """Events; however it ends, the answers are closed and their places given back."""
+
+    def __init__(self, events: AsyncGenerator[str], places: ExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self.events, self.places = events, places
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with self.places:
+            async with aclosing(self.events):
+                await super().__call__(scope, receive, send)
 
 
 async def _collected(answer: AsyncIterator[Piece]) -> Piece:
     return joined([piece async for piece in answer])
+
+
+async def _all_collected(answers: Sequence[AsyncIterator[Piece]]) -> list[Piece]:
+    """Where one fails, the others are cancelled: nobody waits for them."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_collected(answer)) for answer in answers]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 async def _unless_left(request: Request, work: Any) -> Any:
@@ -169,8 +186,8 @@ async def _unless_left(request: Request, work: Any) -> Any:
 
 
 async def _events(
-    form: Format, answers: Sequence[AsyncIterator[Piece]], prompt_tokens: int, with_usage: bool
-) -> AsyncIterator[str]:
+    form: Format, answers: Sequence[AsyncGenerator[Piece]], prompt_tokens: int, with_usage: bool
+) -> AsyncGenerator[str]:
     """Server-sent events; an error behind the first byte becomes an event of its own."""
     made = 0
     extra: dict[str, Any] = {"usage": None} if with_usage else {}
@@ -191,11 +208,12 @@ async def _events(
     yield "data: [DONE]\n\n"
 
 
-async def _merged(answers: Sequence[AsyncIterator[Piece]]) -> AsyncGenerator[tuple[int, Piece]]:
+async def _merged(answers: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[tuple[int, Piece]]:
     """The pieces of several answers as they come, each with its number."""
     if len(answers) == 1:
-        async for piece in answers[0]:
-            yield 0, piece
+        async with aclosing(answers[0]) as pieces:
+            async for piece in pieces:
+                yield 0, piece
         return
     queue: asyncio.Queue[Any] = asyncio.Queue()
 

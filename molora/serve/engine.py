@@ -11,10 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from molora.integrations.continuous_batching import fatal_error, forget, make_manager, sampling_arguments
 from molora.serve.limits import Limits
 from molora.serve.steering import Steering
 from molora.serve.tracing import TokenRouting, Tracer
+
+LOOK_S = 1.0
+"""A request that waits looks so often whether the engine runs: one that was being handed over when it ended is in no
+list of the manager's, which tells the others."""
 
 
 class EngineError(Exception):
@@ -112,27 +118,43 @@ class Engine:
         """No forward runs inside; requests keep their caches and go on behind it. For a thread, not an event loop."""
         with self.manager.pause():
             yield
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)  # the engine's stream does not wait for this thread's
 
-    def check(self, request: Request) -> None:
-        """Raises EngineError for a request that cannot be served, or not now."""
-        if self._closing or self.error:
-            raise EngineError(
-                503, "the server is shutting down" if self._closing else f"the engine failed: {self.error}"
-            )
-        if self.open >= self.limits.max_running + self.limits.max_waiting:
-            raise EngineError(429, f"{self.open} requests are running or waiting, which is the limit; try again later")
-
-    async def stream(self, request: Request) -> AsyncGenerator[Step]:
-        """The answer's tokens as they come. Leaving the iteration cancels the request.
+    @contextmanager
+    def places(self, count: int) -> Iterator[None]:
+        """Room for so many requests, from before their first byte to behind their last.
 
         Raises:
-            EngineError: the server is full, stops or failed, or the time limit is over.
+            EngineError: there is not so much, now or ever.
         """
-        self.check(request)
+        self._check()
+        most = self.limits.max_running + self.limits.max_waiting
+        if count > most:
+            raise EngineError(400, f"{count} prompts in one request, and {most} may run or wait; send fewer at a time")
+        if self.open + count > most:
+            raise EngineError(429, f"{self.open} requests run or wait, and {most} may; try again later")
+        self.open += count
+        try:
+            yield
+        finally:
+            self.open -= count
+
+    def _check(self) -> None:
+        if self._closing:
+            raise EngineError(503, "the server is shutting down")
+        if self.error:
+            raise EngineError(503, f"the engine failed: {self.error}")
+
+    async def stream(self, request: Request) -> AsyncGenerator[Step]:
+        """The answer's tokens as they come, for who has a place. Leaving the iteration cancels the request.
+
+        Raises:
+            EngineError: the engine failed, or the time limit is over.
+        """
         name = f"r{next(self._numbers)}"
         outputs: asyncio.Queue[Any] = asyncio.Queue()
         finished = False
-        self.open += 1
         self.tracer.begin(name, request.traced, request.steering)
         try:
             self.manager.register_result_handler(name, outputs.put_nowait)
@@ -149,9 +171,14 @@ class Engine:
             seen, ends = 0, time.monotonic() + self.limits.timeout_s
             while not finished:
                 try:
-                    output = await asyncio.wait_for(outputs.get(), ends - time.monotonic())
+                    output = await asyncio.wait_for(outputs.get(), min(LOOK_S, ends - time.monotonic()))
                 except TimeoutError:
-                    raise EngineError(504, f"the answer took more than {self.limits.timeout_s:g} seconds") from None
+                    if time.monotonic() >= ends:
+                        limit = f"the answer took more than {self.limits.timeout_s:g} seconds"
+                        raise EngineError(504, limit) from None
+                    if self.error:
+                        raise EngineError(503, f"the engine failed: {self.error}") from None
+                    continue
                 finished = output.is_finished()
                 if output.error is not None:
                     raise EngineError(503, f"the engine failed: {output.error}")
@@ -163,7 +190,6 @@ class Engine:
                     tokens, routing = tokens[:-1], routing[: len(tokens) - 1]
                 yield Step(tokens, routing, ("stop" if ended else "length") if finished else None)
         finally:
-            self.open -= 1
             self.tracer.end(name)
             if not finished:
                 forget(self.manager, name)

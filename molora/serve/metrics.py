@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from molora.serve.tracing import TokenRouting
 
 SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -33,10 +34,10 @@ class Metrics:
         )
         Gauge("molora_open_requests", "Requests that run or wait", registry=registry).set_function(open_requests)
 
-    def count_shares(self, names: Sequence[str], shares: Sequence[Any]) -> None:
-        """Adds the shares (G,) of traced tokens."""
-        for share in shares:
-            for name, value in zip(names, share.tolist(), strict=False):
+    def count_shares(self, routing: Sequence[TokenRouting]) -> None:
+        """Adds the shares of traced tokens."""
+        for token in routing:
+            for name, value in zip(token.experts, token.share.tolist(), strict=True):
                 self.expert_share.labels(name).inc(max(value, 0.0))
 
     def text(self) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ class ExpertPool:
         Raises:
             ApiError: a name or a path that is not allowed, or an adapter that is refused.
         """
-        from molora import add_expert
+        from molora.adapters.expert_pool import prepare_expert
 
         self._check_changeable()
         if name in self.taken:
@@ -43,8 +44,9 @@ class ExpertPool:
         folder = self._checked(path)
 
         def add() -> None:
+            new = prepare_expert(self.engine.model, name, folder, examples=examples, tokenizer=self.tokenizer)
             with self.engine.paused():
-                add_expert(self.engine.model, name, folder, examples=examples, tokenizer=self.tokenizer)
+                new.add()
 
         await self._change(add)
 
@@ -74,27 +76,31 @@ class ExpertPool:
                 raise ApiError(400, " ".join(str(error).split()), "lora_name") from error
 
     def _check_changeable(self) -> None:
+        if self.engine.error:
+            raise ApiError(503, f"the engine failed: {self.engine.error}")
         if not self.engine.tracer.available:
             raise ApiError(400, "experts cannot change here: no mixture, or CUDA graphs (start with --eager)")
 
     def _checked(self, path: str) -> Path:
-        """The directory of an adapter, resolved; links that lead out are followed first."""
-        if "\0" in path:
-            raise ApiError(400, "lora_path holds a null byte", "lora_path")
-        folder = Path(path).expanduser().resolve()
+        """The directory of an adapter, links resolved."""
+        try:
+            folder = Path(path).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a null byte, links in a circle
+            raise ApiError(400, f"lora_path {path[:100]!r} is no path: {error}", "lora_path") from error
         if not any(folder.is_relative_to(allowed.resolve()) for allowed in self.allowed):
             where = ", ".join(map(str, self.allowed)) or "nowhere: start the server with --adapter-dir"
-            raise ApiError(403, f"lora_path {path!r} is not allowed; adapters may lie below {where}", "lora_path")
-        weights = folder / "adapter_model.safetensors"
-        if not (folder / "adapter_config.json").is_file() or not weights.is_file():
-            raise ApiError(
-                400,
-                f"{path!r} has no adapter_config.json and adapter_model.safetensors; only these are read",
-                "lora_path",
-            )
-        if weights.resolve() != weights and not weights.resolve().is_relative_to(folder):
-            raise ApiError(403, "adapter_model.safetensors is a link that leads out of its directory", "lora_path")
-        if weights.stat().st_size > self.max_bytes:
-            size = weights.stat().st_size
-            raise ApiError(413, f"the adapter has {size:,} bytes, and {self.max_bytes:,} are allowed", "lora_path")
+            raise ApiError(403, f"lora_path {path[:100]!r} is not allowed; adapters may lie below {where}", "lora_path")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            file = folder / name
+            if not os.path.isfile(file):  # unlike Path's, this takes names that are too long
+                raise ApiError(
+                    400,
+                    f"{path[:100]!r} has no {name}; adapter_config.json and adapter_model.safetensors are read, and "
+                    "nothing else",
+                    "lora_path",
+                )
+            if not file.resolve().is_relative_to(folder):
+                raise ApiError(403, f"{name} is a link that leads out of its directory", "lora_path")
+            if (size := file.stat().st_size) > self.max_bytes:
+                raise ApiError(413, f"{name} has {size:,} bytes, and {self.max_bytes:,} are allowed", "lora_path")
         return folder

@@ -157,7 +157,7 @@ def parse(kind: type[Body], raw: bytes) -> Body:
             continue
         value = data.pop(field)
         if not any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in neutral):
-            raise ApiError(400, f"{field}={str(value)[:100]!r} is not offered by this server; leave it out", field)
+            raise ApiError(400, f"{field}={repr(value)[:100]} is not offered by this server; leave it out", field)
     if not _encodable(data):
         raise ApiError(400, "the body holds a lone surrogate, which is no character")
     try:
@@ -168,7 +168,7 @@ def parse(kind: type[Body], raw: bytes) -> Body:
         name = where[0] if where else None
         if first["type"] == "extra_forbidden":
             raise ApiError(400, f"unknown field {'.'.join(where)!r}", name) from error
-        got = "" if first["type"] == "missing" else f", got {str(first['input'])[:100]!r}"
+        got = "" if first["type"] == "missing" else f", got {repr(first['input'])[:100]}"
         raise ApiError(400, f"{'.'.join(where)}: {first['msg'].lower()}{got}", name) from error
 
 

@@ -108,11 +108,13 @@ class Server:
             )
         wanted, room = body.wanted_tokens, longest - len(prompt_ids)
         if wanted is not None and wanted > room:
+            own = getattr(body, "max_completion_tokens", None) is not None
+            limit = "max_completion_tokens" if own else "max_tokens"
             raise ApiError(
                 400,
-                f"max_tokens={wanted}, but after the prompt of {len(prompt_ids)} tokens there is room for {room} "
+                f"{limit}={wanted}, but after the prompt of {len(prompt_ids)} tokens there is room for {room} "
                 f"of {longest}",
-                "max_tokens",
+                limit,
                 "context_length_exceeded",
             )
         return Request(
@@ -164,7 +166,7 @@ class Server:
                     timer.observe(now - last)
                     last, timer = now, self.metrics.between_tokens
                     self.metrics.tokens.inc(len(step.tokens))
-                    self.metrics.count_shares(self.engine.tracer.expert_names, [t.share for t in step.routing])
+                    self.metrics.count_shares(step.routing)
                     routing += step.routing
                     texts = text.push(step.tokens)
                     reason = "stop" if text.stopped else step.finish_reason

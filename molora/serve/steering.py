@@ -45,7 +45,7 @@ def parse_steering(wish: Mapping[str, object], names: Sequence[str]) -> Steering
         raise ValueError(f"experts has no key {min(unknown)!r}; it takes force, forbid and hint")
     if not names:
         raise ValueError("experts: the experts of this model have no names and cannot be steered")
-    force, forbid, hint = wish.get("force"), wish.get("forbid") or [], wish.get("hint") or {}
+    force, forbid, hint = wish.get("force"), wish.get("forbid", []), wish.get("hint", {})
     if force is not None and (forbid or hint):
         raise ValueError("experts.force leaves nothing to forbid or to hint at; give it alone")
     if not isinstance(forbid, list) or not isinstance(hint, dict):

@@ -25,8 +25,12 @@ class TextStream:
         self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], stops: Sequence[str] = ()
     ) -> None:
         self._tokenizer, self.stops = tokenizer.backend_tokenizer, [stop for stop in stops if stop]
-        # The last tokens of the prompt decide how the first of the answer reads (a space, the rest of a character).
-        self._decoder = DecodeStream(ids=list(prompt_ids[-8:]), skip_special_tokens=True)
+        # The last tokens of the prompt decide how the first of the answer reads (a space). They must end with a whole
+        # character: what is left of a broken one the decoder would give out with the answer.
+        before = list(prompt_ids[-8:])
+        while before and self._tokenizer.decode(before, skip_special_tokens=True).endswith("\ufffd"):
+            before.pop()
+        self._decoder = DecodeStream(ids=before, skip_special_tokens=True)
         self._held: list[str] = []
         self.stopped = False
 

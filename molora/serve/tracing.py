@@ -23,10 +23,12 @@ class TokenRouting:
     """The routing at the position that produced one token.
 
     Attributes:
+        experts: (G,) their names then: experts may come and go while an answer is written.
         share: (G,) each expert's share of the gates, the mean over all routers.
         gates: (routers, G) the gates of each router.
     """
 
+    experts: tuple[str, ...]
     share: Tensor
     gates: Tensor
 
@@ -50,8 +52,6 @@ class Tracer:
         self._names: list[str] = []
         self._parts: list[Tensor] = []
         self._indices: Tensor | None = None
-        self.usage: Tensor | None = None
-        """(G,) sums of shares over all traced tokens."""
         base = manager.model
         self._hooks = [
             base.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -127,10 +127,11 @@ class Tracer:
         gates = torch.stack(parts, 1)  # (tokens, routers, G)
         share = (gates / gates.sum(2, keepdim=True).clamp(min=1e-20)).mean(1)
         gates, share = gates.cpu(), share.cpu()
+        experts = tuple(self.expert_names or map(str, range(width)))
         for name, own, part in zip(self._traced, gates, share, strict=True):
             waiting = self._wants.get(name)
             if waiting is not None:
-                waiting.append(TokenRouting(part, own))
+                waiting.append(TokenRouting(experts, part, own))
         self._indices = None
 
     def _token_steering(self, input_ids: Tensor) -> TokenSteering | None:
