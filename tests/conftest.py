@@ -70,3 +70,28 @@ def triton_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from molora.kernels import launch
 
     monkeypatch.setattr(launch, "ready", lambda device: True)
+
+
+_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_launch_is_left_behind() -> Iterator[None]:
+    """An engine connects a lone process by these variables; the next test is to begin as if none had."""
+    before = {name: os.environ.get(name) for name in _LAUNCH}
+    yield
+    if all(os.environ.get(name) == value for name, value in before.items()):
+        return
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    import torch
+    from accelerate.state import AcceleratorState, PartialState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

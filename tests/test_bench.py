@@ -25,7 +25,7 @@ def test_every_table_runs_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixt
         assert found["rows"] and all(row["median_ms"] > 0 for row in found["rows"])
         assert all(bar["holds"] == (bar["value"] <= bar["limit"]) for bar in found["bars"])
         errors = [row["error"] for row in found["rows"] if row["error"] is not None]
-        assert errors or name in ("decode", "where_time_goes")
+        assert errors or name in ("decode", "serve", "where_time_goes")
         assert all(bar["name"] in shown for bar in found["bars"])
 
 
