@@ -78,7 +78,8 @@ def test_the_log_is_of_all_ranks(stage: int, results: Any) -> None:
     # one more, in which the save behind the first line was paused and resumed.
     assert first[0]["tokens_per_second"] + 2 * first[1]["tokens_per_second"] == sum(lengths)
     keys = ("loss", "loss/a", "loss/b", "tokens_per_second", "mfu", "router_loss", "peak_memory_gib")
-    assert all(first[i][key] == second[i][key] for i in range(2) for key in keys)
+    # The first process rounds what it logs.
+    assert all(first[i][key] == pytest.approx(second[i][key], rel=1e-5) for i in range(2) for key in keys)
     assert first[0]["peak_memory_gib"] > 0.05 and first[0]["mfu"] > 0
 
     model = mixture("linear").train()
