@@ -73,19 +73,24 @@ def triton_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 _LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_ENGINE = ("ACCELERATE_", "FSDP_")
+
+
+def _launch_variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name in _LAUNCH or name.startswith(_ENGINE)}
 
 
 @pytest.fixture(autouse=True)
 def no_launch_is_left_behind() -> Iterator[None]:
-    """An engine connects a lone process by these variables; the next test is to begin as if none had."""
-    before = {name: os.environ.get(name) for name in _LAUNCH}
+    """TrainingArguments names its engine, and the engine its process, in variables; the next test begins without."""
+    before = _launch_variables()
     yield
-    if all(os.environ.get(name) == value for name, value in before.items()):
+    after = _launch_variables()
+    if after == before:
         return
-    for name, value in before.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
+    for name in after.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
     import torch
     from accelerate.state import AcceleratorState, PartialState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
