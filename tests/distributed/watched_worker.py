@@ -74,7 +74,9 @@ class Spoiled(WatchedTrainer):
 
 def make(cell: dict[str, Any], folder: str, **more: Any) -> Spoiled:
     options = training_options(1, "none", 4, folder)
-    options |= {"learning_rate": 0.01, "logging_strategy": "steps", "logging_steps": 2, "logging_nan_inf_filter": False}
+    # What is not spoiled stands still, so that its losses are those of the model as it was made.
+    options |= {"learning_rate": 0.0 if cell["how"] is None else 0.01, "logging_strategy": "steps"}
+    options |= {"logging_steps": 2, "logging_nan_inf_filter": False}
     options |= {"save_strategy": "steps", "save_steps": 2, **more}
     if cell["stage"]:
         options |= {"deepspeed": deepspeed_config(cell["stage"])}
