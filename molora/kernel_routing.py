@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from molora.kernels import gates, launch, tsallis_gates
+from molora.kernels import gates, launch, selection, tsallis_gates
+from molora.kernels.shrink import shrink
 from molora.routers import RankWise, Router, Routing, Tokens, TopK, Tsallis
 from molora.routers.rank_wise import RankWiseRouter
+
+
+def fast_route(router: Router, x: Tensor, tokens: Tokens, with_stats: bool) -> Routing:
+    """`Router.route` faster, where x (T, D) is 16 bits wide on a GPU with Triton: logits by `shrink`, unless they were
+    made together with others', then the router's kernel if it has one."""
+    if tokens.logits is None and not router.reads_by_itself and selection.reads_first(x):
+        tokens = tokens._replace(logits=shrink(x, [], [router.product_weight]).logits[0])
+    return kernel_routing(router, tokens, with_stats) or router.route(x, tokens, with_stats)
 
 
 def kernel_routing(router: Router, tokens: Tokens, with_stats: bool) -> Routing | None:

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from molora.aux_loss import attach
 from molora.context import Runtime
 from molora.experts import make_experts, scaling_factor
-from molora.kernel_routing import kernel_routing
+from molora.kernel_routing import fast_route
+from molora.kernels import selection
 from molora.kernels.reference import Projection
 from molora.preconditioning import preconditioned
 from molora.quantization import is_linear_4bit
@@ -221,7 +222,8 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
             )
         sequence = None if inputs.sequence is None else inputs.sequence.to(hidden.device)
         tokens = Tokens(rows, mask, labels, inputs.embeddings.get(site.name), logits, sequence)
-        routing: Routing = kernel_routing(router, tokens, self.training) or router(hidden, tokens, self.training)
+        by = None if selection.requested(runtime.kernel) == "reference" else fast_route
+        routing: Routing = router(hidden, tokens, self.training, by)
         if routing.stats is not None:
             gates = attach(runtime, self.molora_sites[adapter], routing.gates, routing.stats)
             routing = routing._replace(gates=gates)

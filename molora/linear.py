@@ -176,11 +176,18 @@ class MixedLinear(MoloraLayer):
         """Whether the input is read for experts and routers before the frozen linear runs, together with others."""
         if selection.requested(self.molora_runtime.kernel) == "reference" or not selection.reads_first(x):
             return False
-        spec = self.molora_specs[adapter][""]
-        return self.has_whole_experts(adapter, "") and not (self.training and spec.lora_dropout)
+        if not self.has_whole_experts(adapter, ""):
+            return False
+        return not self._drops(adapter) or any(m.router_beside(adapter) for m in self.molora_reads[adapter].members)
+
+    def _drops(self, adapter: str) -> bool:
+        return self.training and self.molora_specs[adapter][""].lora_dropout > 0
 
     def shrinks_first(self, adapter: str, x: Tensor) -> bool:
-        """Whether that read gives the ranks too: with a kernel that dispatches it is for the routers alone."""
+        """Whether that read gives the ranks too: with a kernel that dispatches, and where the experts of each linear
+        have a dropout mask of their own, it is for the routers alone."""
+        if self._drops(adapter):
+            return False
         spec = self.molora_specs[adapter][""]
         top_k = None if spec.router is None else spec.router.num_chosen(spec.num_experts, spec.r)
         by_expert = spec.router is not None and spec.router.num_gates(spec.num_experts, spec.r) == spec.num_experts

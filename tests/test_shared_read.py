@@ -151,9 +151,21 @@ def test_two_adapters_and_a_deleted_one(reads: list[int]) -> None:
     assert sum(reads) == 2 * sum([4, 2, 3, 2])
 
 
-def test_dropout_and_compiled_models_read_by_themselves(reads: list[int]) -> None:
-    gradients(mixture(lora_dropout=0.5))
-    assert len(reads) == 2 * 7 and set(reads) == {1}  # of every linear its own masked input
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", ["top-2", "rank-wise", "tsallis", "plain-beside"])
+def test_with_dropout_routers_read_together_and_experts_apart(name: str, checkpointed: bool, reads: list[int]) -> None:
+    """Each linear's experts have a mask of their own; the routers see the input without one."""
+    model = mixture(**OPTIONS[name], lora_dropout=0.5)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    torch.manual_seed(3)
+    want = reference_gradients(model)
+    assert not reads
+    torch.manual_seed(3)
+    assert_equal(gradients(model), want)
+    routers = {"plain-beside": [1]}.get(name, [3, 1, 2, 1])
+    assert sorted(reads) == sorted(2 * (routers + [1] * 7) * (2 if checkpointed else 1))
 
 
 def test_routing_is_that_of_the_router_alone(reads: list[int]) -> None:
