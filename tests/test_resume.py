@@ -205,6 +205,16 @@ def test_what_may_change_and_what_is_damaged(base: str, tmp_path: Path, capsys: 
     assert molora("train", recipe, "evaluation.before=false", "--resume") == 2
     assert "results.json is not JSON" in error(capsys)
     (out / "results.json").unlink()
+    rows = tmp_path / "rows.jsonl"
+    before = rows.read_bytes()
+    rows.write_bytes(before.replace(b"3 and 3", b"3 and 4"))
+    assert molora("train", recipe, "evaluation.before=false", "--resume") == 2
+    assert f"the data of sums ({rows}), odd ({rows}) changed since" in error(capsys)
+    rows.write_bytes(before)
+    (out / "data_files.json").write_text("[]")
+    assert molora("train", recipe, "evaluation.before=false", "--resume") == 2
+    assert "data_files.json is damaged" in error(capsys)
+    (out / "data_files.json").unlink()
     out.rename(tmp_path / "moved")
     split = [f"training.output_dir={tmp_path / 'moved'}", "training.gradient_accumulation_steps=1"]
     assert molora("train", recipe, "evaluation.before=false", *split, "--resume") == 2

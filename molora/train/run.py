@@ -21,6 +21,7 @@ from molora.eval.results import header, peak_memory_bytes, write_json
 from molora.eval.suite import run_suite
 from molora.integrations.deepspeed import whole
 from molora.train.checkpoint import LogAtSaves
+from molora.train.data_note import check_data_files, write_data_files
 from molora.train.engine import partitions
 from molora.train.global_batch import write_global_batch
 from molora.train.mixing import TaskReport
@@ -71,7 +72,7 @@ def train(
         The results, schema ``molora.results/1``; the scores before training are under ``"before"``.
 
     Raises:
-        ValueError: as :func:`prepare`.
+        ValueError: as :func:`prepare`; or the data changed since the run began that is to be resumed.
         FloatingPointError: a loss or gradient is not finite.
         MemoryError: the memory does not suffice.
         OSError: the disk is full.
@@ -81,6 +82,8 @@ def train(
     done = stored_results(recipe) if resume else None
     if done is not None:
         return done
+    if resume:
+        check_data_files(recipe.output_dir, recipe.tasks)
     finished = finished_state(checkpoint)
     with writing(
         "the tokenized rows in the cache of datasets", "make room there, or point HF_DATASETS_CACHE elsewhere"
@@ -99,6 +102,7 @@ def train(
         if is_first():
             claim(recipe, resume=resume)
             write_global_batch(recipe.output_dir, recipe.training)
+            write_data_files(recipe.output_dir, recipe.tasks)
 
     def score(when: str) -> dict[str, Any] | None:
         if recipe.suite is None or not getattr(recipe.evaluation, when):

@@ -19,6 +19,7 @@ import molora
 from molora.eval.disk import writing
 from molora.eval.rows import local_files, reading
 from molora.eval.tasks import TaskConfig
+from molora.train.data_note import digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -99,8 +100,7 @@ def _digest(files: Iterable[Path]) -> str:
     """Of the contents, in their order."""
     found = hashlib.sha256()
     for file in files:
-        with file.open("rb") as opened:
-            found.update(hashlib.file_digest(opened, "sha256").digest())
+        found.update(bytes.fromhex(digest(file)))
     return found.hexdigest()
 
 

@@ -72,7 +72,8 @@ def test_a_killed_run_on_streamed_instructions_is_the_same_run(tmp_path: Path) -
     print([line["loss"] for line in log(whole)])
     assert [line["step"] for line in log(whole)] == list(range(1, STEPS + 1))
     assert log(killed) == log(whole)
-    assert {key for line in log(whole) for key in line} == {"step", "loss", *(f"loss/{name}" for name in TASKS)}
+    losses = {"step", "loss", "router_loss", *(f"loss/{name}" for name in TASKS)}
+    assert {key for line in log(whole) for key in line} == losses
 
     results, again = (json.loads((out / "results.json").read_text()) for out in (whole, killed))
     assert again["tasks"] == results["tasks"]
