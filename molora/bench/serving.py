@@ -70,6 +70,8 @@ def loaded(url: str, streams: int, requests: int, tokens: int) -> dict[str, Any]
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     found: dict[str, Any] = json.loads(done.stdout)
+    if found["failed"]:
+        raise RuntimeError(f"{len(found['failed'])} requests failed, first: {found['failed'][0]}")
     return found
 
 
