@@ -14,7 +14,7 @@ from molora.centroids import base_alone, hidden_of
 from molora.context import Runtime
 from molora.record import ForwardInputs
 from molora.routers import Retrieval
-from molora.running_text import NAME, embed
+from molora.running_text import embed
 
 
 def retrieval_site(runtime: Runtime) -> tuple[str, Retrieval] | None:
@@ -59,6 +59,24 @@ def embed_prompts(
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
+def embed_texts(config: Retrieval, input_ids: Tensor | None, attention_mask: Tensor | None, tokenizer: Any) -> Tensor:
+    """The vectors of the prompts as texts, by the sentence-transformers embedder of the router: (N, D') fp32.
+
+    Args: as for `prompts`.
+
+    Raises:
+        ValueError: no tokenizer, or no ids.
+    """
+    if tokenizer is None or input_ids is None:
+        raise ValueError(
+            f"embedder={config.embedder!r} reads the prompt as text, which needs its ids and the tokenizer; call "
+            "generate(..., tokenizer=tokenizer), or use embedder='base'"
+        )
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    rows = [row[keep.bool()] for row, keep in zip(input_ids, mask, strict=True)]
+    return embed(config.embedder, tokenizer.batch_decode(rows, skip_special_tokens=True)).to(input_ids.device)
+
+
 @contextlib.contextmanager
 def prompts(
     model: nn.Module,
@@ -87,19 +105,11 @@ def prompts(
         return
     name, config = found
     if config.reads_text:
-        if tokenizer is None or input_ids is None:
-            raise ValueError(
-                f"embedder={config.embedder!r} reads the prompt as text, which needs its ids and the tokenizer; call "
-                "generate(..., tokenizer=tokenizer), or use embedder='base'"
-            )
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = [row[keep.bool()] for row, keep in zip(input_ids, mask, strict=True)]
-        texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-        vectors = embed(config.embedder, texts).to(input_ids.device)
+        vectors = embed_texts(config, input_ids, attention_mask, tokenizer)
     else:
         vectors = embed_prompts(_base(model, runtime), name, input_ids, attention_mask, inputs_embeds)
         runtime.inputs = ForwardInputs()
-    before, runtime.standing = runtime.standing, {name if not config.reads_text else NAME: vectors}
+    before, runtime.standing = runtime.standing, {name: vectors}
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ def serve(
     router: Annotated[str | None, typer.Option(help="The router among them; arrow if left out.")] = None,
     examples: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FILE ...", help="Example prompts of each expert, one a line (centroid)."),
+        typer.Option(metavar="NAME=FILE ...", help="Example prompts of each expert, one a line (centroid, retrieval)."),
     ] = None,
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Accept adapters that lack weights for modules they name.")
@@ -69,11 +69,16 @@ def serve(
         raise ValueError("--base goes with an adapter directory as MODEL; with --adapters, MODEL is the base")
     from molora.eval import terminal
     from molora.eval.models import adapter_base, load_base, load_model, load_tokenizer
+    from molora.routers import router_config
     from molora.serve.launch import make_server, run
     from molora.train.recipe import mixture_of_adapters
     from molora_cli.adapters import example_prompts
 
     paths, prompts = named(adapters, "--adapters"), example_prompts(examples)
+    if router and router_config(router).has_centroids and not prompts:
+        raise ValueError(
+            f"router {router!r} knows experts by example prompts; give --examples NAME=FILE for each of them"
+        )
     terminal.quiet()
     with interruptible():
         with terminal.status("loading the model"), terminal.warnings_as_lines():

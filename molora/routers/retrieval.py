@@ -95,7 +95,7 @@ class RetrievalRouter(FixedVectorRouter):
                 "of a PeftModel, or put the forward into `with model.prompts(input_ids, attention_mask):`"
             )
         query = tokens.embedding.detach()
-        if tokens.rows % query.shape[0]:
+        if tokens.rows % query.shape[0] and query.shape[0] != x.shape[0]:
             raise ValueError(
                 f"this forward has {tokens.rows} rows for {query.shape[0]} prompts; give one row for each prompt, or "
                 "as many for each, those of one prompt next to each other"

@@ -15,6 +15,7 @@ import torch
 
 from molora.integrations.continuous_batching import fatal_error, forget, make_manager, sampling_arguments
 from molora.serve.limits import Limits
+from molora.serve.reading import reader_of
 from molora.serve.steering import Steering
 from molora.serve.tracing import TokenRouting, Tracer
 
@@ -77,11 +78,30 @@ class Engine:
         model: a causal LM in eval mode, with or without adapters; this engine alone uses it from now on.
         eos_token_ids: tokens that end an answer; they are not part of it.
         limits: what is taken at once.
-        cuda_graph: None: where transformers finds it useful.
+        cuda_graph: None: where transformers finds it useful; a router that reads prompts runs without.
+        tokenizer: for a router that reads prompts as text.
+
+    Raises:
+        ValueError: CUDA graphs with a router that reads prompts.
     """
 
-    def __init__(self, model: Any, eos_token_ids: list[int], limits: Limits, cuda_graph: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        eos_token_ids: list[int],
+        limits: Limits,
+        cuda_graph: bool | None = None,
+        tokenizer: Any = None,
+    ) -> None:
         self.model, self.eos_token_ids, self.limits = model.eval(), list(eos_token_ids), limits
+        self.reader = reader_of(model, tokenizer)  # before the manager changes the model's attention
+        if self.reader is not None:
+            if cuda_graph:
+                raise ValueError(
+                    f"router {self.reader.config.name!r} is told each request's prompt before a forward, which CUDA "
+                    "graphs do not see; leave cuda_graph out"
+                )
+            cuda_graph = False
         self.manager = make_manager(
             model,
             num_blocks=math.ceil(limits.cache_tokens / limits.page_size),
@@ -90,7 +110,7 @@ class Engine:
             max_requests=limits.max_running,
             cuda_graph=cuda_graph,
         )
-        self.tracer = Tracer(model, self.manager)
+        self.tracer = Tracer(model, self.manager, self.reader)
         self.open = 0
         """Requests that run or wait."""
         self._closing = False
@@ -112,6 +132,8 @@ class Engine:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self.manager.stop, block=True, timeout=10.0, hard_stop=True)
         self.tracer.remove()
+        if self.reader is not None:
+            self.reader.close()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -154,9 +176,10 @@ class Engine:
         """
         name = f"r{next(self._numbers)}"
         outputs: asyncio.Queue[Any] = asyncio.Queue()
-        finished = False
+        finished, ends = False, time.monotonic() + self.limits.timeout_s
         self.tracer.begin(name, request.traced, request.steering)
         try:
+            await self._read(name, request, ends)
             self.manager.register_result_handler(name, outputs.put_nowait)
             accepted = self.manager.add_request(
                 request.prompt_ids,
@@ -168,14 +191,13 @@ class Engine:
             )
             if accepted is None:
                 raise EngineError(503, f"the engine takes no request: {self.error or 'it is stopping'}")
-            seen, ends = 0, time.monotonic() + self.limits.timeout_s
+            seen = 0
             while not finished:
                 try:
                     output = await asyncio.wait_for(outputs.get(), min(LOOK_S, ends - time.monotonic()))
                 except TimeoutError:
                     if time.monotonic() >= ends:
-                        limit = f"the answer took more than {self.limits.timeout_s:g} seconds"
-                        raise EngineError(504, limit) from None
+                        raise self._too_slow() from None
                     if self.error:
                         raise EngineError(503, f"the engine failed: {self.error}") from None
                     continue
@@ -193,3 +215,17 @@ class Engine:
             self.tracer.end(name)
             if not finished:
                 forget(self.manager, name)
+
+    async def _read(self, name: str, request: Request, ends: float) -> None:
+        """Has the prompt read where the router chooses by it; the bare base needs no choice."""
+        if self.reader is None or (request.steering is not None and request.steering.bare):
+            return
+        try:
+            await asyncio.wait_for(self.reader.read(name, request.prompt_ids), ends - time.monotonic())
+        except TimeoutError:
+            raise self._too_slow() from None
+        except RuntimeError as error:  # out of memory, or the thread has ended
+            raise EngineError(503, f"the prompt could not be read: {error}") from error
+
+    def _too_slow(self) -> EngineError:
+        return EngineError(504, f"the answer took more than {self.limits.timeout_s:g} seconds")

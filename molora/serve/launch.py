@@ -11,6 +11,9 @@ import torch
 from molora.centroids import base_alone
 from molora.context import runtime_of
 from molora.eval.score import context_length
+from molora.prompts import prompts
+from molora.routers import Retrieval
+from molora.routers.fixed_vectors import FixedVectorRouter
 from molora.serve.app import create_app
 from molora.serve.engine import Engine
 from molora.serve.limits import Limits
@@ -55,25 +58,28 @@ def make_server(
         max_model_len=longest, cache_tokens=max(room, longest + 16) if cache_tokens is None else room, **limits
     )
     with_base = base_name if base_name != name and is_bare_without_gates(model, tokenizer) else None
-    engine = Engine(model, end_tokens(model, tokenizer), bounds, cuda_graph)
+    engine = Engine(model, end_tokens(model, tokenizer), bounds, cuda_graph, tokenizer)
     taken = (name, *([with_base] if with_base else []))
     pool = ExpertPool(engine=engine, tokenizer=tokenizer, allowed=adapter_dirs, taken=taken)
     return Server(engine=engine, tokenizer=tokenizer, name=name, pool=pool, base_name=with_base, api_key=api_key)
 
 
 def check_servable(model: Any) -> None:
-    """Raises ValueError for a router that needs the prompt or the running text as a whole: a batch is one row here."""
+    """Raises ValueError for a router that reads the running text as a whole, because a batch is one row here, and for
+    one that lacks its experts' vectors."""
     try:
         runtime = runtime_of(model)
     except ValueError:
         return
     for site in runtime.sites:
         config: Any = site.router.config
-        if site.live and (config.name == "retrieval" or getattr(config, "reads_text", False)):
+        if site.live and not isinstance(config, Retrieval) and getattr(config, "reads_text", False):
             raise ValueError(
-                f"router {config.name!r} reads prompts or the running text, which tokens of many requests in one batch "
-                "do not have; serve with arrow, or with centroid and embedder 'base'"
+                f"router {config.name!r} with embedder={config.embedder!r} reads the running text, which tokens of "
+                "many requests in one batch do not have; serve with arrow or retrieval, or with embedder 'base'"
             )
+        if site.live and isinstance(site.router, FixedVectorRouter):
+            site.router.check_set()
 
 
 @torch.no_grad()
@@ -94,7 +100,8 @@ def is_bare_without_gates(model: Any, tokenizer: Any) -> bool:
 
     hook = base.register_forward_pre_hook(silence, with_kwargs=True)
     try:
-        silenced = base(input_ids=ids, use_cache=False).logits
+        with prompts(model, ids, tokenizer=tokenizer):
+            silenced = base(input_ids=ids, use_cache=False).logits
     finally:
         hook.remove()
     with base_alone(base):

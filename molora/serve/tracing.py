@@ -1,4 +1,4 @@
-"""Which experts produced which token of which request, and whose wishes hold for which token of a batch."""
+"""Which experts produced which token of which request, and whose wishes and prompt hold for which token of a batch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from molora.context import runtime_of
 from molora.integrations.continuous_batching import requests_of_batch, runs_eagerly, tokens_of_batch
 from molora.record import Site
 from molora.routers import Routing
+from molora.serve.reading import PromptReader
 from molora.serve.steering import Steering
 from molora.steering import TokenSteering
 
@@ -34,14 +35,18 @@ class TokenRouting:
 
 
 class Tracer:
-    """Hooks of a served model: reads routings for requests that want them, and steers those that ask for it.
+    """Hooks of a served model: reads routings for requests that want them, steers those that ask for it, and tells a
+    router that chooses by the prompt whose tokens are whose.
 
     A batch holds tokens of many requests in one row; the scheduler says which are whose. Works where forwards run as
     Python (not as CUDA graphs). Costs nothing while no request asks.
+
+    Args:
+        reader: of the requests' prompts, for a router that chooses by them.
     """
 
-    def __init__(self, model: Any, manager: Any) -> None:
-        self.manager = manager
+    def __init__(self, model: Any, manager: Any, reader: PromptReader | None = None) -> None:
+        self.manager, self.reader = manager, reader
         try:
             self.runtime: Any = runtime_of(model)
         except ValueError:
@@ -95,6 +100,8 @@ class Tracer:
     def end(self, request: str) -> None:
         self._wants.pop(request, None)
         self._steered.pop(request, None)
+        if self.reader is not None:
+            self.reader.forget(request)
 
     def remove(self) -> None:
         for hook in self._hooks:
@@ -107,10 +114,15 @@ class Tracer:
         self._parts.append(routing.gates[self._indices].float())
 
     def _before(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if self.runtime is None or not (self._wants or self._steered):
+        if self.runtime is None or "logits_indices" not in kwargs:  # a forward that is none of the manager's
             return
+        if self.reader is not None:
+            vectors = self.reader.of_batch(tokens_of_batch(self.manager), kwargs["input_ids"].numel())
+            self.runtime.inputs.embeddings[self.reader.router] = vectors
         if self._steered:
             self.runtime.inputs.steering = self._token_steering(kwargs["input_ids"])
+        if not self._wants:
+            return
         traced = [(n, name) for n, name in enumerate(requests_of_batch(self.manager)) if name in self._wants]
         if traced:
             # Kept until the forward is over: a request may leave while it runs.
