@@ -18,7 +18,7 @@ from tiny_models import base_model, config
 from molora import from_adapters
 from molora.context import runtime_of
 from molora.serve.engine import Engine
-from molora.serve.launch import check_servable, is_bare_without_gates
+from molora.serve.launch import is_bare_without_gates
 from molora.serve.pool import ExpertPool
 from molora.serve.protocol import ApiError
 from molora.serve.steering import Steering, parse_steering
@@ -105,11 +105,6 @@ def test_gates_are_changed_as_documented(wish: dict[str, Any], model: PeftModel)
 def test_a_wish_that_cannot_be_met_is_one_sentence(wish: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         parse_steering(wish, ["sql", "math", "code"])
-
-
-def test_routers_of_whole_prompts_are_refused(paths: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match="router 'retrieval' reads prompts"):
-        check_servable(from_adapters(base_model(), paths, "retrieval"))
 
 
 # -- experts that come and go ------------------------------------------------------------------------------------------

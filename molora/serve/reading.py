@@ -44,8 +44,8 @@ class PromptReader:
         assert found is not None and base is not None
         self.router, self.config = found
         """The router's name among `ForwardInputs.embeddings`, and its config."""
-        size = next(site.router.vectors.shape[1] for site in runtime.sites if site.live and site.name == self.router)
-        self._unread = torch.zeros(size, dtype=torch.float64)
+        router: Any = next(site.router for site in runtime.sites if site.live and site.name == self.router)
+        self._unread = torch.zeros(router.vectors.shape[1], dtype=torch.float64)
         self.tokenizer, self.device = tokenizer, model.device
         if not self.config.reads_text:
             self._trunk, self._layer = trunk_until(base, self.router)
