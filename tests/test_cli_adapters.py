@@ -142,6 +142,21 @@ def test_bad_input_of_convert(
     assert "Traceback" not in error and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--router", "retrieval"], "router 'retrieval' knows experts by example prompts; give --examples NAME=FILE"),
+        (["--router", "centroid"], "router 'centroid' knows experts by example prompts; give --examples NAME=FILE"),
+        (["--router", "retrival"], "did you mean 'retrieval'"),
+        (["--router", "retrieval", "--examples", "sql=sql.txt"], "examples has 1 sets of prompts (sql)"),
+    ],
+)
+def test_bad_input_of_serve(more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert molora("serve", "base", "--adapters", "sql=sql", "math=math", *more) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("error:") == 1 and "Traceback" not in error
+
+
 # -- export ------------------------------------------------------------------------------------------------------------
 
 
