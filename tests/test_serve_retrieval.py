@@ -152,6 +152,8 @@ def test_the_second_trunk_reads_what_the_first_does_with_its_weights(
     for prompt in PROMPTS:
         (wanted,) = embed_prompts(base, reader.router, torch.tensor([prompt]))
         assert torch.equal(reader.embed(prompt), wanted)
+    stack, _, number = reader._layer.rpartition(".")
+    assert len(reader._trunk.get_submodule(stack)) == int(number) + 1  # type: ignore[arg-type]
     own = {tensor.data_ptr() for tensor in base.state_dict().values()}
     assert {tensor.data_ptr() for tensor in reader._trunk.state_dict().values()} <= own
     # The model that is served is as it was, with all of its layers.
