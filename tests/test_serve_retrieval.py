@@ -168,13 +168,12 @@ def test_prompts_are_read_while_forwards_run_and_nothing_stays_behind(paths: dic
     engine = small_engine(model)
     reader: Any = engine.reader
     release = threading.Event()
-    embed = reader.embed
 
     async def work(engine: Engine) -> Any:
         running = asyncio.create_task(collected(engine, greedy(PROMPTS[0], 40)))
         while not reader._vectors:
             await asyncio.sleep(0.001)
-        reader.embed = lambda ids: release.wait(20) and embed(ids)
+        reader._thread.submit(release.wait, 20)
         held = asyncio.create_task(collected(engine, greedy(PROMPTS[1])))
         bare = await collected(engine, greedy(PROMPTS[0], steering=Steering(bare=True)))  # needs no choice
         done = await asyncio.wait_for(running, 20)
@@ -184,12 +183,22 @@ def test_prompts_are_read_while_forwards_run_and_nothing_stays_behind(paths: dic
         object.__setattr__(engine.limits, "timeout_s", 0.05)
         with pytest.raises(EngineError, match="more than 0.05 seconds") as slow:
             await collected(engine, greedy(PROMPTS[2]))
+        object.__setattr__(engine.limits, "timeout_s", 20.0)
         assert not held.done()
         release.set()
-        return done[0], bare[0], (await held)[0], slow.value.status
+        answer = await held
+        release.clear()
+        reader._thread.submit(release.wait, 20)
+        late = asyncio.create_task(collected(engine, greedy(PROMPTS[1])))
+        await asyncio.sleep(0)
+        await engine.stop(0.0)
+        release.set()
+        with pytest.raises(EngineError, match="could not be read: the server is shutting down") as stopped:
+            await late
+        return done[0], bare[0], answer[0], [slow.value.status, stopped.value.status]
 
     done, bare, held, status = with_engine(engine, work)
-    assert done == offline(model, PROMPTS[0], 40) and held == offline(model, PROMPTS[1]) and status == 504
+    assert done == offline(model, PROMPTS[0], 40) and held == offline(model, PROMPTS[1]) and status == [504, 503]
     assert bare == offline(base_model(), PROMPTS[0])
     assert not reader._vectors and engine.open == 0
 

@@ -49,7 +49,7 @@ class PromptReader:
         self.tokenizer, self.device = tokenizer, model.device
         if not self.config.reads_text:
             self._trunk, self._layer = trunk_until(base, self.router)
-        self._thread = ThreadPoolExecutor(1, "molora-prompts")
+        self._thread, self._closed = ThreadPoolExecutor(1, "molora-prompts"), False
         self._vectors: dict[str, Tensor] = {}
         self._last: tuple[tuple[str, ...], Tensor] | None = None
 
@@ -59,7 +59,13 @@ class PromptReader:
         self._vectors[request] = await loop.run_in_executor(self._thread, self.embed, prompt_ids)
 
     def embed(self, prompt_ids: Sequence[int]) -> Tensor:
-        """The vector of one prompt: (D',) fp64 on the CPU, whence every stream of a device may take it."""
+        """The vector of one prompt: (D',) fp64 on the CPU, whence every stream of a device may take it.
+
+        Raises:
+            RuntimeError: the reader is closed.
+        """
+        if self._closed:
+            raise RuntimeError("the server is shutting down")
         ids = torch.tensor([list(prompt_ids)], device=self.device)
         if self.config.reads_text:
             return embed_texts(self.config, ids, None, self.tokenizer)[0].double().cpu()
@@ -87,8 +93,9 @@ class PromptReader:
         return self._last[1][owner.to(self.device)]
 
     def close(self) -> None:
-        """Reads no more prompts."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Reads no more prompts; those that wait get the error."""
+        self._closed = True
+        self._thread.shutdown(wait=False)
 
 
 def trunk_until(base: Any, layer: str) -> tuple[nn.Module, str]:
