@@ -70,7 +70,7 @@ def serve(
     from molora.eval import terminal
     from molora.eval.models import adapter_base, load_base, load_model, load_tokenizer
     from molora.routers import router_config
-    from molora.serve.launch import make_server, run
+    from molora.serve.launch import listener, make_server, run
     from molora.train.recipe import mixture_of_adapters
     from molora_cli.adapters import example_prompts
 
@@ -80,6 +80,7 @@ def serve(
             f"router {router!r} knows experts by example prompts; give --examples NAME=FILE for each of them"
         )
     terminal.quiet()
+    bound = listener(host, port)
     with interruptible():
         with terminal.status("loading the model"), terminal.warnings_as_lines():
             if paths:
@@ -104,7 +105,8 @@ def serve(
                 max_waiting=max_waiting,
                 timeout_s=timeout,
             )
+        bound.listen()  # who reads the line may ask at once
         terminal.out.print(
             f"http://{host}:{port}/v1 serves {', '.join(server.model_names)}", highlight=False, soft_wrap=True
         )
-        run(server, host, port, drain)
+        run(server, bound, drain)

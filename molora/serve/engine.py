@@ -113,7 +113,8 @@ class Engine:
         self.tracer = Tracer(model, self.manager, self.reader)
         self.open = 0
         """Requests that run or wait."""
-        self._closing = False
+        self._closes = math.inf
+        """Monotonic seconds at which all requests end."""
         self._numbers = itertools.count()
 
     def start(self) -> None:
@@ -124,11 +125,14 @@ class Engine:
         """Why no request can be served any more."""
         return fatal_error(self.manager) or (None if self.manager.is_running() else "the engine does not run")
 
+    def close(self, drain_s: float) -> None:
+        """From now on no request is taken; those there are get an error if they run for longer than this."""
+        self._closes = min(self._closes, time.monotonic() + drain_s)
+
     async def stop(self, drain_s: float) -> None:
-        """Takes no new request, lets those there are finish for so long, then ends."""
-        self._closing = True
-        ends = time.monotonic() + drain_s
-        while self.open and time.monotonic() < ends:
+        """Closes, waits for the requests there are, and ends."""
+        self.close(drain_s)
+        while self.open and time.monotonic() < self._closes:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self.manager.stop, block=True, timeout=10.0, hard_stop=True)
         self.tracer.remove()
@@ -151,9 +155,8 @@ class Engine:
             EngineError: there is not so much, now or ever.
         """
         self._check()
+        self.check_count(count)
         most = self.limits.max_running + self.limits.max_waiting
-        if count > most:
-            raise EngineError(400, f"{count} prompts in one request, and {most} may run or wait; send fewer at a time")
         if self.open + count > most:
             raise EngineError(429, f"{self.open} requests run or wait, and {most} may; try again later")
         self.open += count
@@ -162,8 +165,14 @@ class Engine:
         finally:
             self.open -= count
 
+    def check_count(self, count: int) -> None:
+        """Raises EngineError for more requests at once than ever have room."""
+        most = self.limits.max_running + self.limits.max_waiting
+        if count > most:
+            raise EngineError(400, f"{count} prompts in one request, and {most} may run or wait; send fewer at a time")
+
     def _check(self) -> None:
-        if self._closing:
+        if self._closes < math.inf:
             raise EngineError(503, "the server is shutting down")
         if self.error:
             raise EngineError(503, f"the engine failed: {self.error}")
@@ -193,11 +202,14 @@ class Engine:
                 raise EngineError(503, f"the engine takes no request: {self.error or 'it is stopping'}")
             seen = 0
             while not finished:
+                now = time.monotonic()
+                if now >= self._closes:
+                    raise EngineError(503, "the server is shutting down")
+                if now >= ends:
+                    raise self._too_slow()
                 try:
-                    output = await asyncio.wait_for(outputs.get(), min(LOOK_S, ends - time.monotonic()))
+                    output = await asyncio.wait_for(outputs.get(), min(LOOK_S, ends - now, self._closes - now))
                 except TimeoutError:
-                    if time.monotonic() >= ends:
-                        raise self._too_slow() from None
                     if self.error:
                         raise EngineError(503, f"the engine failed: {self.error}") from None
                     continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,20 @@ def make_server(
         ValueError: a router that one row of many requests cannot serve, or limits that do not fit.
     """
     check_servable(model)
+    for folder in adapter_dirs:
+        if not folder.is_dir():
+            raise ValueError(f"--adapter-dir {folder} is no directory; name one below which adapters lie")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
+        raise ValueError("--api-key must be visible ASCII characters, as a header can bear them; choose another key")
+    if adapter_dirs and api_key is None:
+        raise ValueError("--adapter-dir lets requests load adapters, which needs a key; give --api-key too")
     if not tokenizer.is_fast:
         raise ValueError("serving streams text through a fast tokenizer (tokenizer.json), and this model has none")
-    longest = context_length(model, max_model_len) or 4096
+    longest = context_length(model) or max_model_len or 4096
+    if max_model_len is not None:
+        if max_model_len > longest:
+            raise ValueError(f"--max-model-len {max_model_len} exceeds the model's context of {longest} tokens")
+        longest = max_model_len
     room = _cache_tokens(model) if cache_tokens is None else cache_tokens
     bounds = Limits(
         max_model_len=longest, cache_tokens=max(room, longest + 16) if cache_tokens is None else room, **limits
@@ -127,16 +139,43 @@ def _cache_tokens(model: Any) -> int:
     return max(1024, min(free // each, 131072))
 
 
-def run(server: Server, host: str, port: int, drain_s: float) -> None:
-    """Listens until it is interrupted; then running requests finish within `drain_s` seconds."""
+def listener(host: str, port: int) -> socket.socket:
+    """A socket that is bound and does not listen yet: an address that cannot be had shows before a model is loaded.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = min(addresses, key=lambda found: found[0] != socket.AF_INET)
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on {host}, port {port}: {error.strerror or error}; choose another --host or --port"
+        ) from error
+    return found
+
+
+def run(server: Server, bound: socket.socket, drain_s: float) -> None:
+    """Listens until it is interrupted; then running requests finish within `drain_s` seconds, or get an error."""
     import uvicorn
+
+    class Listening(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            server.engine.close(drain_s)  # while uvicorn waits for the connections, before it tells the application
+            super().handle_exit(sig, frame)
 
     log = logging.getLogger("molora.serve")
     log.setLevel(logging.INFO)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter('{"time": "%(asctime)s", "request": %(message)s}'))
     log.addHandler(handler)
-    app = create_app(server, drain_s)
-    uvicorn.run(
-        app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=int(drain_s) + 1
+    config = uvicorn.Config(
+        create_app(server, drain_s),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(drain_s) + 5,  # so that those that got an error can be told
     )
+    Listening(config).run([bound])

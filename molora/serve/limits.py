@@ -9,7 +9,7 @@ from molora.checks import check_number
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Bounds of a server; beyond one a request is refused with 400, 413, 429 or 504, and none waits without end."""
+    """Bounds of a server; beyond one a request gets 400, 408, 413, 429 or 504, and none waits without end."""
 
     max_model_len: int
     """Tokens of a prompt and its answer together."""
@@ -24,6 +24,8 @@ class Limits:
     max_waiting: int = 256
     """Requests beyond those that run; more get 429."""
     max_body_bytes: int = 4 * 2**20
+    body_s: float = 30.0
+    """Within which a body must have come."""
     timeout_s: float = 600.0
     """From the request to its last token."""
 

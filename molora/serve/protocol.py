@@ -9,6 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 INT64 = 2**63 - 1
 
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+"""Lists stop at their first mistake: a body of a million of them would hold up every other request."""
+
 
 class ApiError(Exception):
     """An answer in OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``."""
@@ -61,7 +65,9 @@ class _Sampling(_Strict):
 
 
 class CompletionRequest(_Sampling):
-    prompt: str | list[Annotated[int, Field(ge=0)]] | list[str] | list[list[Annotated[int, Field(ge=0)]]]
+    prompt: Annotated[
+        str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)], Field(union_mode="left_to_right")
+    ]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @property
@@ -76,8 +82,14 @@ class TextPart(_Strict):
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
+    refusal: None = None
+    """This and what follows stands in an answer that a client gives back as it got it."""
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @property
     def text(self) -> str:
@@ -85,7 +97,7 @@ class Message(_Strict):
 
 
 class ChatRequest(_Sampling):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
@@ -97,7 +109,7 @@ class ChatRequest(_Sampling):
 class LoadRequest(_Strict):
     lora_name: Annotated[str, Field(min_length=1, max_length=200)]
     lora_path: str
-    examples: list[str] | None = None
+    examples: Texts | None = None
     """molora: prompts of the expert, for routers that know experts by them."""
 
 
@@ -135,6 +147,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_cache_key": (None,),
 }
 
+# What a field that may be one of several things may be; pydantic would name the first of them.
+_SEVERAL = {
+    "prompt": "prompt must be text, a list of token ids (0 or more), or a list of either",
+    "stop": "stop must be a string or a list of at most 16 strings",
+    "routed_experts": 'routed_experts must be true, false or "layers"',
+}
+
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -160,16 +179,27 @@ def parse(kind: type[Body], raw: bytes) -> Body:
             raise ApiError(400, f"{field}={repr(value)[:100]} is not offered by this server; leave it out", field)
     if not _encodable(data):
         raise ApiError(400, "the body holds a lone surrogate, which is no character")
+    for field in data:  # before pydantic, which would make an error of each
+        if field not in kind.model_fields:
+            raise ApiError(400, f"unknown field {field[:100]!r}", field[:100])
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        where = [str(part) for part in first["loc"]]
+        where = [str(part)[:100] for part in first["loc"]]
         name = where[0] if where else None
         if first["type"] == "extra_forbidden":
             raise ApiError(400, f"unknown field {'.'.join(where)!r}", name) from error
-        got = "" if first["type"] == "missing" else f", got {repr(first['input'])[:100]}"
+        got = "" if first["type"] == "missing" else f", got {_short(first['input'])}"
+        several = _SEVERAL.get(name or "") if got else None
+        if several:
+            raise ApiError(400, f"{several}, got {_short(data[name])}", name) from error
         raise ApiError(400, f"{'.'.join(where)}: {first['msg'].lower()}{got}", name) from error
+
+
+def _short(value: Any) -> str:
+    part = value[:50] if isinstance(value, (str, list)) else value
+    return repr(part)[:100]
 
 
 def _encodable(data: Any) -> bool:

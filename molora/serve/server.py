@@ -53,6 +53,29 @@ class Server:
             return "base" if self.engine.tracer.runtime is None else "mixture"
         return "base" if name == self.base_name else "expert"
 
+    def card(self, name: str) -> dict[str, Any]:
+        """A model as /v1/models shows it."""
+        engine = self.engine
+        owned = {"object": "model", "created": self.created, "owned_by": "molora", "root": self.name}
+        # molora's own: what a client may ask of it, so that nobody has to try.
+        offers = {"chat": bool(self.tokenizer.chat_template), "routed_experts": engine.tracer.available}
+        return {"id": name, **owned, "max_model_len": engine.limits.max_model_len, "kind": self.kind(name), **offers}
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError where no model has that name."""
+        if name not in self.model_names:
+            known = ", ".join(self.model_names[:10])
+            raise ApiError(404, f"there is no model {name[:100]!r}; there are {known}", "model", "model_not_found")
+
+    def check_count(self, body: Body) -> None:
+        """Raises ApiError for more prompts than ever have room, before thousands of them are tokenized."""
+        prompt = body.prompt if isinstance(body, CompletionRequest) else ""
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            try:
+                self.engine.check_count(len(prompt))
+            except EngineError as error:
+                raise ApiError(error.status, str(error), "prompt") from error
+
     def prompts(self, body: Body) -> list[list[int]]:
         """Token ids of each prompt of a request.
 
@@ -129,9 +152,7 @@ class Server:
 
     def _steering(self, body: Body) -> Steering | None:
         tracer = self.engine.tracer
-        if body.model not in self.model_names:
-            known = ", ".join(self.model_names[:10])
-            raise ApiError(404, f"there is no model {body.model!r}; there are {known}", "model", "model_not_found")
+        self.check_model(body.model)
         for name in ("routed_experts", "experts"):
             if getattr(body, name) and not tracer.available:
                 why = "runs as CUDA graphs: start the server with --eager" if tracer.runtime else "is no mixture"
