@@ -3,8 +3,9 @@
     python benchmarks/soak.py [--seconds 60] [--clients 64] [--keep]
 
 molora-tiny with four random LoRAs behind an arrow router answers clients of another process: prompts and answers of
-random lengths, streamed and whole, greedy and sampled, with and without routings; a tenth hangs up in mid-stream, a
-tenth sends garbage; there are fewer places than clients, so that some get 429. The caches of all that run do not fit,
+random lengths, streamed and whole, greedy and sampled, with and without routings; more than a tenth hangs up in
+mid-stream and more than a tenth is garbage. There are fewer places than clients: who gets 429 asks the same again, so
+that these shares hold among the requests that were taken. The caches of all that run do not fit,
 so that requests are taken out and come back. Every greedy answer that is completed must be the text of the offline
 greedy answer; where two tokens or two experts are nearly tied offline, what follows is exempt and counted. Resident
 memory is read each second. Prints JSON; --keep writes results/soak.json beside itself.
@@ -45,19 +46,22 @@ async def client(http: httpx.AsyncClient, seed: int, ends: float, found: list[di
     """Asks until the time is over; notes what each request came to."""
     draw, texts = random.Random(seed), prompts()
     while time.monotonic() < ends:
-        kind = draw.choices(("greedy", "sampled", "hangs up", "garbage"), (6, 2, 1, 1))[0]
+        kind = draw.choices(("greedy", "sampled", "hangs up", "garbage"), (50, 20, 15, 15))[0]
         if kind == "garbage":
             answer = await http.post("v1/completions", content=draw.choice(GARBAGE))
             found.append({"kind": kind, "status": answer.status_code})
             continue
-        number, count = draw.randrange(PROMPTS), draw.randint(1, LONGEST_ANSWER)
+        number, count = draw.randrange(PROMPTS), draw.randint(12 if kind == "hangs up" else 1, LONGEST_ANSWER)
         body: dict[str, Any] = {"model": "mix", "prompt": texts[number], "max_tokens": count}
         body |= {"temperature": float(kind == "sampled"), "stream": kind == "hangs up" or draw.random() < 0.5}
         body |= {"routed_experts": draw.random() < 0.3, "model": "mix" if kind == "greedy" else draw.choice(MODELS)}
-        status, text, whole = await asked(http, body, draw.randint(1, 4) if kind == "hangs up" else None)
-        found.append({"kind": kind, "status": status, "prompt": number, "tokens": count, "text": text, "whole": whole})
-        if status == 429:
-            await asyncio.sleep(draw.uniform(0.5, 2.0))
+        leave_after, status = draw.randint(1, 4) if kind == "hangs up" else None, 429
+        one = {"kind": kind, "prompt": number, "tokens": count}
+        while status == 429:
+            status, text, whole = await asked(http, body, leave_after)
+            found.append({**one, "status": status, "text": text, "whole": whole})
+            if status == 429:
+                await asyncio.sleep(draw.uniform(2.0, 6.0))
 
 
 MODELS = ("mix", "bare", "expert0", "expert1")
@@ -184,7 +188,8 @@ def measure(seconds: int, clients: int) -> dict[str, Any]:
     tokenizer = load_tokenizer("molora-tiny")
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder))
-    room = {"max_model_len": 256, "cache_tokens": 1024, "max_running": clients // 2, "max_waiting": clients // 4}
+    room = {"max_model_len": 256, "cache_tokens": 1024, "max_running": clients // 2}
+    room["max_waiting"] = clients - 2 - room["max_running"]
     server = make_server(model, tokenizer, "mix", base_name="bare", timeout_s=120.0, **room)
     engine, memory = server.engine, list[float]()
     wanted = references(model, engine.eos_token_ids)
@@ -202,8 +207,12 @@ def measure(seconds: int, clients: int) -> dict[str, Any]:
         left = [engine.tracer._wants, engine.tracer._steered, router.result_handlers, range(engine.open)]
         failed = engine.error
     statuses = Counter(f"{one['kind']} {one['status']}" for one in found)
+    taken = [one for one in found if one["status"] != 429]
     return {
         "requests": len(found),
+        "taken": len(taken),
+        "hung_up_in_mid_stream": sum(one["kind"] == "hangs up" and not one["whole"] for one in taken),
+        "garbage": sum(one["kind"] == "garbage" for one in taken),
         "statuses": dict(sorted(statuses.items())),
         "answers": dict(compared(found, wanted, tokenizer)),
         "server_errors": sum(one["status"] >= 500 and one["status"] != 503 for one in found),
@@ -228,6 +237,13 @@ def bars(found: dict[str, Any], seconds: int) -> list[dict[str, Any]]:
         "requests left in the engine's books": found["left_behind"],
     }
     rows = [{"name": name, "value": value, "limit": 0, "holds": value == 0} for name, value in zero.items()]
+    least = {
+        "share of those taken that hung up in mid-stream, at least": found["hung_up_in_mid_stream"] / found["taken"],
+        "share of those taken that were garbage, at least": found["garbage"] / found["taken"],
+    }
+    rows += [{"name": name, "value": round(v, 4), "limit": 0.1, "holds": v >= 0.1} for name, v in least.items()]
+    full = 1 - found["taken"] / found["requests"]
+    rows.append({"name": "share that got 429, above 0", "value": round(full, 4), "limit": 0.2, "holds": 0 < full < 0.2})
     name = f"growth of resident memory from second {seconds // 3} to {seconds}"
     return [*rows, {"name": name, "value": round(growth, 4), "limit": 0.03, "holds": growth < 0.03}]
 

@@ -163,3 +163,23 @@ def test_one_model_is_shown_by_its_name(client: httpx.Client) -> None:
     assert client.get("v1/models/tiny").json() == client.get("v1/models").json()["data"][0]
     is_refusal(client.get("v1/models/nobody"), 404, "model")
     is_refusal(client.get(f"v1/models/{'m' * 5000}"), 404, "model")
+
+
+def test_the_schema_of_the_api_is_whole(client: httpx.Client) -> None:
+    schema = client.get("openapi.json").json()
+
+    def references(part: Any) -> Iterator[str]:
+        for value in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+            yield from references(value)
+        if isinstance(part, dict) and isinstance(part.get("$ref"), str):
+            yield part["$ref"]
+
+    for reference in references(schema):
+        found: Any = schema
+        for key in reference.removeprefix("#/").split("/"):
+            found = found[key]
+    operations = [operation for path in schema["paths"].values() for operation in path.values()]
+    assert all({"4XX", "5XX"} <= set(operation["responses"]) for operation in operations)
+    assert list(schema["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
+    message = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "properties" in message["properties"]["messages"]["items"]

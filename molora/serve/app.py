@@ -8,7 +8,7 @@ from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -18,8 +18,11 @@ from molora.serve.engine import EngineError
 from molora.serve.events import EventStream
 from molora.serve.gate import Gate, refusal
 from molora.serve.page import page_response
-from molora.serve.protocol import ApiError, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest, parse
+from molora.serve.protocol import ApiError, ChatRequest, CompletionRequest, ErrorBody, LoadRequest, UnloadRequest, parse
 from molora.serve.server import Body, Server
+
+TEXT: Any = {200: {"description": "Text", "content": {"text/plain": {}}}}
+STREAMED: Any = {200: {"description": "The answer, whole or as events", "content": {"text/event-stream": {}}}}
 
 READ_S = 10.0
 """What a client may need for reading a stream beyond the time that its answer may take."""
@@ -34,17 +37,18 @@ def create_app(server: Server, drain_s: float = 30.0) -> FastAPI:
         yield
         await server.engine.stop(drain_s)
 
-    app = FastAPI(title="molora", lifespan=lifespan, docs_url=None, redoc_url=None)
+    errors: Any = {kind: {"description": "An error", "model": ErrorBody} for kind in ("4XX", "5XX")}
+    app = FastAPI(title="molora", lifespan=lifespan, docs_url=None, redoc_url=None, responses=errors)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(Exception, _refused)
     app.add_middleware(Gate, server=server)
 
-    @app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest))
+    @app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest), responses=STREAMED)
     async def chat_completions(request: Request) -> Response:
         return await _complete(server, request, parse(ChatRequest, await _read(request, server)))
 
-    @app.post("/v1/completions", openapi_extra=_body(CompletionRequest))
+    @app.post("/v1/completions", openapi_extra=_body(CompletionRequest), responses=STREAMED)
     async def completions(request: Request) -> Response:
         return await _complete(server, request, parse(CompletionRequest, await _read(request, server)))
 
@@ -57,26 +61,26 @@ def create_app(server: Server, drain_s: float = 30.0) -> FastAPI:
         server.check_model(model)
         return server.card(model)
 
-    @app.post("/v1/load_lora_adapter", openapi_extra=_body(LoadRequest))
+    @app.post("/v1/load_lora_adapter", openapi_extra=_body(LoadRequest), response_class=Response, responses=TEXT)
     async def load_lora_adapter(request: Request) -> Response:
         _changes_allowed(server)
         body = parse(LoadRequest, await _read(request, server))
         await server.pool.load(body.lora_name, body.lora_path, body.examples)
-        return Response(f"Success: LoRA adapter '{body.lora_name}' added successfully.", media_type="text/plain")
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    @app.post("/v1/unload_lora_adapter", openapi_extra=_body(UnloadRequest))
+    @app.post("/v1/unload_lora_adapter", openapi_extra=_body(UnloadRequest), response_class=Response, responses=TEXT)
     async def unload_lora_adapter(request: Request) -> Response:
         _changes_allowed(server)
         body = parse(UnloadRequest, await _read(request, server))
         await server.pool.unload(body.lora_name)
-        return Response(f"Success: LoRA adapter '{body.lora_name}' removed successfully.", media_type="text/plain")
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     @app.get("/health")
     async def health() -> Response:
         error = server.engine.error
         return JSONResponse({"status": "ok"} if error is None else {"status": error}, 200 if error is None else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response, responses=TEXT)
     async def metrics() -> Response:
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -184,4 +188,16 @@ def _refused(request: Request, error: Exception) -> JSONResponse:
 
 def _body(kind: type[BaseModel]) -> dict[str, Any]:
     """For the schema: bodies are read and checked by `parse`."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
+    schema = kind.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def inline(value: Any) -> Any:
+        if isinstance(value, list):
+            return [inline(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        if "$ref" in value:  # which would be looked for at the root of the whole document
+            return inline(parts[value["$ref"].rpartition("/")[2]])
+        return {key: inline(one) for key, one in value.items()}
+
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inline(schema)}}}}
