@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,18 @@ def test_an_address_that_cannot_be_had_shows_before_the_model_is_loaded(monkeypa
         listener("no.such.host.invalid", 8000)
 
 
+def run_beside(clients: Callable[[], None], server: Any, bound: socket.socket, drain_s: float, number: int) -> None:
+    """Serves until a client sends this process the signal."""
+    before = signal.signal(number, lambda *_: None)  # uvicorn raises it again when it is done
+    thread = threading.Thread(target=clients)
+    try:
+        thread.start()
+        run(server, bound, drain_s)
+    finally:
+        thread.join()
+        signal.signal(number, before)
+
+
 def test_at_a_signal_short_answers_finish_and_long_ones_get_an_error() -> None:
     """The signal comes to this process, where the server listens; its clients are in a thread."""
     server = make_server(tiny(), TOKENIZER, "tiny", cache_tokens=4096, max_model_len=512)
@@ -74,15 +90,34 @@ def test_at_a_signal_short_answers_finish_and_long_ones_get_an_error() -> None:
             for thread in threads:
                 thread.join()
 
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it is done
-    thread = threading.Thread(target=clients)
-    try:
-        thread.start()
-        run(server, bound, drain_s=2.0)
-    finally:
-        thread.join()
-        signal.signal(signal.SIGTERM, before)
+    run_beside(clients, server, bound, 2.0, signal.SIGTERM)
     assert found["short"].status_code == 200
     assert found["long"].status_code == 503 and "shutting down" in found["long"].json()["error"]["message"]
     assert "shutting down" in found["stream"].text.strip().split("\n")[-1]
     assert server.engine.open == 0 and not server.engine.manager.is_running()
+
+
+def test_a_second_interrupt_ends_at_once_and_leaves_no_thread() -> None:
+    server = make_server(tiny(), TOKENIZER, "tiny", cache_tokens=4096, max_model_len=512)
+    server.engine.eos_token_ids.clear()
+    bound = listener("127.0.0.1", 0)
+    bound.listen()
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}/"
+    interrupted = list[float]()
+
+    def clients() -> None:
+        def asks() -> None:
+            with contextlib.suppress(httpx.HTTPError), httpx.Client(base_url=url, timeout=60) as client:
+                ask(client, model="tiny", prompt=["x"] * 16, max_tokens=500)
+
+        thread = threading.Thread(target=asks)
+        thread.start()
+        wait(lambda: server.engine.open == 16)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+        interrupted.append(time.monotonic())
+        thread.join()
+
+    run_beside(clients, server, bound, 60.0, signal.SIGINT)
+    assert time.monotonic() - interrupted[0] < 20 and not server.engine.manager.is_running()

@@ -115,6 +115,7 @@ class Engine:
         """Requests that run or wait."""
         self._closes = math.inf
         """Monotonic seconds at which all requests end."""
+        self._ended = False
         self._numbers = itertools.count()
 
     def start(self) -> None:
@@ -134,10 +135,17 @@ class Engine:
         self.close(drain_s)
         while self.open and time.monotonic() < self._closes:
             await asyncio.sleep(0.02)
-        await asyncio.to_thread(self.manager.stop, block=True, timeout=10.0, hard_stop=True)
-        self.tracer.remove()
-        if self.reader is not None:
-            self.reader.close()
+        await asyncio.to_thread(self.end)
+
+    def end(self) -> None:
+        """Ends at once, however often it is called; without it the engine's thread keeps the process alive."""
+        self.close(0.0)
+        if not self._ended:
+            self._ended = True
+            self.manager.stop(block=True, timeout=10.0, hard_stop=True)
+            self.tracer.remove()
+            if self.reader is not None:
+                self.reader.close()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -178,4 +178,7 @@ def run(server: Server, bound: socket.socket, drain_s: float) -> None:
         access_log=False,
         timeout_graceful_shutdown=int(drain_s) + 5,  # so that those that got an error can be told
     )
-    Listening(config).run([bound])
+    try:
+        Listening(config).run([bound])
+    finally:
+        server.engine.end()  # after a second Ctrl-C uvicorn does not tell the application
