@@ -27,6 +27,7 @@ def test_every_table_runs_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixt
         errors = [row["error"] for row in found["rows"] if row["error"] is not None]
         assert errors or name in ("decode", "serve", "where_time_goes")
         assert all(bar["name"] in shown for bar in found["bars"])
+    assert "tokens/s" in shown and "ms a token" in shown
 
 
 def test_a_wrong_kernel_is_not_timed(

@@ -104,7 +104,7 @@ def serve(shape: Shape, repeats: int) -> Result:
             for count in streams:
                 loaded(url, count, 1, tokens)
                 found = loaded(url, count, repeats if count == 1 else 2, tokens)
-                key = f"{name}, {count} streams"
+                key = f"{name}, {count} stream{'s' * (count > 1)}"
                 rows[key] = _timing(found["between"])
                 details[key] = {
                     "tokens_per_second": found["tokens"] / found["seconds"],
@@ -140,5 +140,5 @@ def _bars(rows: dict[str, Timing], details: dict[str, dict[str, Any]]) -> list[B
         for name, limit in ((peer_base, 1 / LEAST_THROUGHPUT), ("peft lora r16", 1.0)):
             ratio = details[f"{name}, {at}"]["tokens_per_second"] / mine
             found.append(Bar(f"seconds a token at {at} over {name}", ratio, limit))
-    ratio = rows[f"{ours}, 1 streams"].median_ms / rows[f"{peer_base}, 1 streams"].median_ms
-    return [*found, Bar("inter-token latency of one stream over base", ratio, LATENCY_LIMIT)]
+    ratio = rows[f"{ours}, 1 stream"].median_ms / rows[f"{peer_base}, 1 stream"].median_ms
+    return [*found, Bar(f"inter-token latency of one stream over {peer_base}", ratio, LATENCY_LIMIT)]

@@ -240,11 +240,15 @@ def score_table(tasks: dict[str, Any], before: dict[str, Any] | None = None) -> 
 
 def bench_table(name: str, found: dict[str, Any]) -> Table:
     """What one table of `molora bench` found, and which bars hold."""
-    table = plain_table(f"{name}, {found['gpu']}", ["", "ms", "20-80 %", "peak MiB", "error"])
+    served = "tokens_per_second" in found["rows"][0]
+    last = ["p99 ms", "first token ms", "tokens/s"] if served else ["peak MiB", "error"]
+    table = plain_table(f"{name}, {found['gpu']}", ["", "ms a token" if served else "ms", "20-80 %", *last])
     for row in found["rows"]:
-        error = "" if row["error"] is None else f"{row['error']:.1e}"
-        spread = f"{row['p20_ms']:.3g}-{row['p80_ms']:.3g}"
-        table.add_row(row["name"], f"{row['median_ms']:.3g}", spread, f"{row['peak_bytes'] / 2**20:,.0f}", error)
+        if served:
+            values = [f"{row[key]:.3g}" for key in ("p99_ms", "first_token_ms", "tokens_per_second")]
+        else:
+            values = [f"{row['peak_bytes'] / 2**20:,.0f}", "" if row["error"] is None else f"{row['error']:.1e}"]
+        table.add_row(row["name"], f"{row['median_ms']:.3g}", f"{row['p20_ms']:.3g}-{row['p80_ms']:.3g}", *values)
     held = ("holds" if bar["holds"] else "does not hold" for bar in found["bars"])
     bars = (f"{bar['name']}: {bar['value']:.2f} of at most {bar['limit']}" for bar in found["bars"])
     table.caption = "\n".join(f"{bar}, {state}" for bar, state in zip(bars, held, strict=True))
