@@ -70,15 +70,24 @@ def serve(
     from molora.eval import terminal
     from molora.eval.models import adapter_base, load_base, load_model, load_tokenizer
     from molora.routers import router_config
+    from molora.routers.fixed_vectors import FixedVectorRouter
     from molora.serve.launch import listener, make_server, run
     from molora.train.recipe import mixture_of_adapters
     from molora_cli.adapters import example_prompts
 
     paths, prompts = named(adapters, "--adapters"), example_prompts(examples)
-    if router and router_config(router).has_centroids and not prompts:
-        raise ValueError(
-            f"router {router!r} knows experts by example prompts; give --examples NAME=FILE for each of them"
-        )
+    if router:
+        config = router_config(router)
+        if config.has_centroids and not prompts:
+            raise ValueError(
+                f"router {router!r} knows experts by example prompts; give --examples NAME=FILE for each of them"
+            )
+        if not isinstance(config.build(8, 2, 2), FixedVectorRouter):
+            raise ValueError(
+                f"router {router!r} must be trained for its experts first: molora train with a recipe whose mixture "
+                "has adapters and this router, then molora serve its output; arrow, centroid and retrieval need no "
+                "training"
+            )
     terminal.quiet()
     bound = listener(host, port)
     with interruptible():

@@ -148,6 +148,8 @@ def test_bad_input_of_convert(
         (["--router", "retrieval"], "router 'retrieval' knows experts by example prompts; give --examples NAME=FILE"),
         (["--router", "centroid"], "router 'centroid' knows experts by example prompts; give --examples NAME=FILE"),
         (["--router", "retrival"], "did you mean 'retrieval'"),
+        (["--router", "top_k"], "router 'top_k' must be trained for its experts first"),
+        (["--router", "phatgoose"], "router 'phatgoose' must be trained for its experts first"),
         (["--router", "retrieval", "--examples", "sql=sql.txt"], "examples has 1 sets of prompts (sql)"),
     ],
 )

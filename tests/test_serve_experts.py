@@ -17,7 +17,7 @@ from tiny_models import base_model, config
 
 from molora import from_adapters
 from molora.context import runtime_of
-from molora.serve.engine import Engine
+from molora.serve.engine import Engine, EngineError
 from molora.serve.launch import is_bare_without_gates
 from molora.serve.pool import ExpertPool
 from molora.serve.protocol import ApiError
@@ -118,6 +118,21 @@ def changed(model: PeftModel, folder: Path, work: Any) -> Any:
         return await work(engine, pool)
 
     return with_engine(engine, run)
+
+
+def test_who_forces_an_expert_that_goes_is_told(model: PeftModel, paths: dict[str, Path]) -> None:
+    """And not answered by the others."""
+
+    async def work(engine: Engine, pool: ExpertPool) -> Any:
+        wishes = [Steering(favour={"sql": 1.0}), Steering(favour={"sql": 0.5}), Steering(forbid=("sql",))]
+        streams = [asyncio.create_task(collected(engine, greedy(PROMPT, 48, steering=wish))) for wish in wishes]
+        await asyncio.sleep(0.1)
+        await pool.unload("sql")
+        return await asyncio.gather(*streams, return_exceptions=True)
+
+    forced, hinted, forbidden = changed(model, paths["chat"].parent, work)
+    assert isinstance(forced, EngineError) and forced.status == 404 and "'sql' was unloaded" in str(forced)
+    assert len(hinted[0]) == len(forbidden[0]) == 48
 
 
 def test_under_streams_an_expert_comes_serves_and_goes(model: PeftModel, paths: dict[str, Path]) -> None:

@@ -189,7 +189,7 @@ class Engine:
         """The answer's tokens as they come, for who has a place. Leaving the iteration cancels the request.
 
         Raises:
-            EngineError: the engine failed, or the time limit is over.
+            EngineError: the engine failed, the time limit is over, or the expert that was forced has gone.
         """
         name = f"r{next(self._numbers)}"
         outputs: asyncio.Queue[Any] = asyncio.Queue()
@@ -224,6 +224,9 @@ class Engine:
                 finished = output.is_finished()
                 if output.error is not None:
                     raise EngineError(503, f"the engine failed: {output.error}")
+                forced = request.steering and request.steering.forced
+                if forced and forced not in self.tracer.expert_names:
+                    raise EngineError(404, f"expert {forced!r} was unloaded while it answered")
                 tokens = output.generated_tokens[seen:]
                 seen += len(tokens)
                 routing = self.tracer.take(name, len(tokens)) if request.traced else []

@@ -23,6 +23,11 @@ class Steering:
     favour: Mapping[str, float] = field(default_factory=dict)
     bare: bool = False
 
+    @property
+    def forced(self) -> str | None:
+        """The expert that has every gate, if there is one."""
+        return next((name for name, part in self.favour.items() if part == 1), None)
+
     def rows(self, names: Sequence[str], gates: int) -> tuple[Tensor, Tensor]:
         """(keep, add), each (gates,) fp32, for the experts there are now; an expert that is gone counts for nothing."""
         keep, add = torch.ones(gates), torch.zeros(gates)
