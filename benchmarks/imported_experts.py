@@ -37,6 +37,7 @@ SYSTEMS = (
 )
 TOKENS = {"geography": 80}  # written at most; longer queries count as wrong
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+BETWEEN = "\n\n"  # stands between two tasks of one prompt
 
 
 def recipe_of(options: Any, tasks: tuple[str, ...], **sections: Any) -> Any:
@@ -47,6 +48,7 @@ def recipe_of(options: Any, tasks: tuple[str, ...], **sections: Any) -> Any:
         HERE.parent / "recipes" / "separable.yaml", [f"base.model={options.base}", f"base.dtype={options.dtype}"]
     )
     training = {**recipe.training, "max_steps": options.steps, "output_dir": str(options.out / "unused")}
+    training |= {"per_device_train_batch_size": options.train_batch_size}
     wanted = [task for task in recipe.tasks if task.name in tasks]
     evaluation = replace(recipe.evaluation, before=False, after=False)
     limited = [replace(t, eval=replace(t.eval, limit=options.rows, max_new_tokens=TOKENS.get(t.name))) for t in wanted]
@@ -85,7 +87,7 @@ def mixed(task: Any, others: list[Any], options: Any) -> Any:
     path = options.out / "mixed" / f"{task.name}.jsonl"
     lines = []
     for row in load_rows(own).to_list():
-        prompt = draw.choice(solved) + "\n\n" + fill(own.prompt, row)
+        prompt = draw.choice(solved) + BETWEEN + fill(own.prompt, row)
         lines.append(json.dumps({"prompt": prompt, "answer": fill(own.answer, row)}))
     write_text(path, "\n".join(lines) + "\n")
     plain = {"columns": None, "parse": None, "replace": None, "field": None, "split": "train"}
@@ -118,7 +120,7 @@ def text_embedder(base: str, out: Path) -> str:
     return str(out.resolve())
 
 
-def systems(options: Any, paths: dict[str, str], tokenizer: Any, embedder: str) -> dict[str, Callable[[Any], Any]]:
+def systems(options: Any, paths: dict[str, str], tokenizer: Any, embedder: str = "") -> dict[str, Callable[[Any], Any]]:
     """How each system is made of the base."""
     from peft import PeftModel
 
@@ -178,17 +180,24 @@ def systems(options: Any, paths: dict[str, str], tokenizer: Any, embedder: str) 
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def common_options(description: str | None) -> argparse.ArgumentParser:
+    """What the making of the systems needs to know."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="molora-tiny")
     parser.add_argument("--dtype", default="auto", help="of the base; float32 on a CPU")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--train-batch-size", type=int, default=32, help="rows of a training step")
     parser.add_argument("--rows", type=int, default=200, help="rows of each task that are scored")
+    parser.add_argument("--keep", action="store_true", help="writes the result into benchmarks/results")
+    return parser
+
+
+def main() -> None:
+    parser = common_options(__doc__)
     parser.add_argument("--batch-size", type=int, default=64, help="rows that are scored at once")
     parser.add_argument("--train", nargs="+", choices=TASKS, help="trains these tasks' LoRAs, and scores nothing")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--out", type=Path, default=Path("runs/imported_experts"))
-    parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     from peft import PeftModel
 
@@ -246,6 +255,7 @@ def main() -> None:
         print(name, {k: [round(e["value"], 3) for e in rows[name][k].values()] for k in kinds}, flush=True)
     given = f"--base {options.base} --dtype {options.dtype} --steps {options.steps} --rows {options.rows}"
     given += f" --batch-size {options.batch_size} --keep"
+    given += f" --train-batch-size {options.train_batch_size}" if options.train_batch_size != 32 else ""
     if tuple(options.systems) != SYSTEMS:
         given += " --systems " + " ".join(shlex.quote(name) for name in options.systems)
     result = header(fresh(), options.base, 0)
