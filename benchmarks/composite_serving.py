@@ -1,17 +1,17 @@
 """One endpoint, several tasks in one text: does a served mixture tell whose token it writes, and is the answer right?
 
     python benchmarks/composite_serving.py [--base molora-tiny] [--dtype float32] [--keep]
-    python benchmarks/composite_serving.py --systems arrow --keep     # adds this one to the file; so may other processes
+    python benchmarks/composite_serving.py --systems arrow    # adds this system to the result; so may other processes
 
 A composite prompt has two to four of the tasks of imported_experts.py in random order: the server (`molora serve`, in a
 process of its own) answers the first task's prompt, its answer is appended, the next task's prompt follows. The same
-prompts are also asked alone. For each answer: is it right (the greedy text, also where a recipe scores likelihoods), and
-which expert has the largest share, summed over its tokens (`routed_experts`)? That expert predicts the task; the same
-against shuffled labels is the control. Systems: four LoRAs behind arrow, centroids, or gates trained for 100 steps
-(PHATGOOSE, MeteoRA, MeteoRA on rows behind rows of other tasks); oracle choice, which names the right expert as `model`
-of the same server; one merged LoRA (uniform average, TIES); one LoRA trained on all tasks for as many steps as the four
-together. What is made is kept under --out (an existing --out/loras is used). --tuning asks other rows than those that
-are reported, to choose settings by. --keep writes results/composite_serving.json beside itself.
+prompts are also asked alone. For each answer: is it right (the greedy text, also where a recipe scores likelihoods),
+and which expert has the largest share, summed over its tokens (`routed_experts`)? That expert predicts the task; the
+same against shuffled labels is the control. Systems: four LoRAs behind arrow, centroids, or gates trained for 100 steps
+(PHATGOOSE, MeteoRA); oracle choice, which names the right expert as `model` of the same server; one merged LoRA
+(uniform average, TIES); one LoRA trained on all tasks for as many steps as the four together. What is made is kept
+under --out (LoRAs in --out/loras are taken as they are). --tuning asks other rows than those that are reported, to
+choose settings by. --keep writes results/composite_serving.json beside itself.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from typing import Any
 import httpx
 from imported_experts import BETWEEN, LORA, TASKS, common_options, recipe_of, systems, train_loras
 
-MIXTURES = ("arrow", "centroid", "phatgoose", "meteora", "meteora, mixed rows")
+MIXTURES = ("arrow", "centroid", "phatgoose", "meteora")
 RANKS = {"one LoRA, rank 16": 16, "one LoRA, rank 64": 64}
 SYSTEMS = ("oracle choice", *MIXTURES, "average", "ties", *RANKS)
 BAR = 0.8
@@ -214,9 +214,9 @@ def main() -> None:
         tokenizer.save_pretrained(str(base))
         options.base = str(base)
     paths = train_loras(options)
-    result = options.out / "composite_serving.json"
-    if options.keep and not options.tuning:
-        result = Path(__file__).parent / "results" / "composite_serving.json"
+    result = (Path(__file__).parent / "results" if options.keep else options.out) / "composite_serving.json"
+    if options.tuning:
+        result = options.out / "tuning.json"
     for name in options.systems:
         found = measured(name, options, paths, tokenizer)
         command = f"python benchmarks/composite_serving.py {given} --systems {shlex.quote(name)}"

@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 def benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("tables", "learned", "speed_tables", "training_tables"):
+    for name in ("tables", "learned", "speed_tables", "training_tables", "composite_serving", "imported_experts"):
         sys.modules.pop(name, None)
 
 
@@ -37,3 +37,42 @@ def test_a_system_has_learned_what_neither_luck_nor_the_commonest_answer_gives()
     assert learned(entry, {"interval": [0.1, 0.3]})
     assert not learned(entry, {"interval": [0.3, 0.45]})
     assert not learned(entry | {"majority": 0.5}, {"interval": [0.1, 0.3]})
+
+
+def test_composite_prompts_have_different_tasks_and_use_every_row_before_one_comes_again() -> None:
+    from composite_serving import compose
+
+    rows = {task: [f"{task}{n}" for n in range(10)] for task in "abcd"}
+    texts = compose(rows, 40, seed=0)
+    assert texts == compose(rows, 40, seed=0) != compose(rows, 40, seed=1)
+    assert {len(text) for text in texts} == {2, 3, 4}
+    assert all(len({task for task, _ in text}) == len(text) for text in texts)
+    assert {text[0][0] for text in texts} == set(rows)
+    for task, own in rows.items():
+        used = [row for text in texts for name, row in text if name == task]
+        assert all(row[0] == task for row in used)
+        assert len(used) > 10
+        assert sorted(used[:10]) == sorted(own) == sorted(set(used))
+
+
+def test_the_expert_with_the_largest_sum_of_shares_predicts_the_task() -> None:
+    from composite_serving import predicted
+
+    # b is ahead at two tokens of three, a in the sum.
+    shares = [[0.9, 0.1], [0.4, 0.6], [0.45, 0.55]]
+    assert predicted({"experts": ["a", "b"], "shares": shares}) == "a"
+    assert predicted({"experts": ["b", "a"], "shares": shares}) == "b"
+    assert predicted({"experts": [], "shares": []}) is None
+
+
+def test_shuffled_labels_are_met_as_often_as_there_are_tasks() -> None:
+    from composite_serving import rates, shuffled
+
+    right = [{"task": task, "predicted": task} for task in ("clinc150", "agnews", "scan", "geography") * 25]
+    assert shuffled(right) == pytest.approx(0.25, abs=0.01)
+    # What always says the same is as good with true labels as with shuffled ones.
+    same = [one | {"predicted": "scan"} for one in right]
+    assert shuffled(same) == 0.25
+    found = rates(same, lambda one: one["predicted"] == one["task"])
+    assert [found[key]["value"] for key in ("all", "agnews", "scan")] == [0.25, 0.0, 1.0]
+    assert found["all"]["n"] == 100 and found["scan"]["n"] == 25
