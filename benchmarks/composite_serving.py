@@ -20,6 +20,7 @@ import contextlib
 import fcntl
 import itertools
 import json
+import os
 import random
 import re
 import shlex
@@ -81,6 +82,17 @@ def rates(outcomes: Sequence[dict[str, Any]], hit: Callable[[dict[str, Any]], bo
     return found
 
 
+def summary(name: str, outcomes: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The rates of prompts alone, of all segments, and of those behind others; a text's first is as if alone."""
+    found: dict[str, Any] = {}
+    for kind, own in {**outcomes, "behind": [one for one in outcomes["segments"] if one["behind"]]}.items():
+        found[kind] = {"right": rates(own, lambda one: bool(one["right"]))}
+        if name in MIXTURES:
+            found[kind] |= {"predicted": rates(own, lambda one: one["predicted"] == one["task"])}
+            found[kind] |= {"shuffled": shuffled(own)}
+    return found
+
+
 @contextlib.contextmanager
 def served(*arguments: str) -> Iterator[httpx.Client]:
     """A client of `molora serve`, which runs as a user starts it and is interrupted in the end."""
@@ -119,7 +131,8 @@ def answers(http: httpx.Client, texts: Sequence[Text], system: str, tokens: dict
                 raise RuntimeError(reply.text)
             choice = reply.json()["choices"][0]
             prompt += choice["text"]
-            told = {"task": task, "answer": choice["text"], "right": exact_match(choice["text"], row.answer) == 1.0}
+            told = {"task": task, "behind": bool(found), "answer": choice["text"]}
+            told |= {"right": exact_match(choice["text"], row.answer) == 1.0}
             if system in MIXTURES:
                 told |= {"predicted": predicted(choice["routed_experts"]), "routed": choice["routed_experts"]}
             found.append(told)
@@ -160,18 +173,13 @@ def measured(name: str, options: Any, paths: dict[str, str], tokenizer: Any) -> 
         rows[task.name] = every[1::2] if options.tuning else every[::2]
     texts = compose(rows, options.prompts, seed=int(options.tuning))
     kinds = {"alone": [[segment] for text in texts for segment in text], "segments": texts}
-    arguments, found = model_arguments(name, options, paths, tokenizer), dict[str, Any]()
+    arguments = model_arguments(name, options, paths, tokenizer)
     began = time.perf_counter()
     with served(*arguments) as http:
         outcomes = {kind: answers(http, own, name, tokens) for kind, own in kinds.items()}
-    for kind, own in outcomes.items():
-        found[kind] = {"right": rates(own, lambda one: bool(one["right"]))}
-        if name in MIXTURES:
-            found[kind] |= {"predicted": rates(own, lambda one: one["predicted"] == one["task"])}
-            found[kind] |= {"shuffled": shuffled(own)}
     kept = options.out / ("tuning" if options.tuning else "answers")
     write_json(kept / f"{re.sub('[^a-z0-9]+', '_', name)}.json", outcomes)
-    return found | {"seconds": time.perf_counter() - began}
+    return summary(name, outcomes) | {"seconds": time.perf_counter() - began}
 
 
 def add(path: Path, name: str, found: dict[str, Any]) -> None:
@@ -179,17 +187,20 @@ def add(path: Path, name: str, found: dict[str, Any]) -> None:
     from molora.eval.results import SCHEMA, write_json
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         before = json.loads(path.read_text(encoding="utf-8"))["systems"] if path.is_file() else {}
         every = before | {name: found}
         every = {name: every[name] for name in SYSTEMS if name in every}
-        told = {n: e["segments"]["predicted"]["all"]["value"] for n, e in every.items() if n in MIXTURES}
-        bars = [
-            {"name": f"{n}: task of a segment predicted", "value": value, "limit": BAR, "holds": value >= BAR}
-            for n, value in told.items()
-        ]
+        bars = []
+        for mixture, kind in itertools.product([name for name in MIXTURES if name in every], ("segments", "behind")):
+            value = every[mixture][kind]["predicted"]["all"]["value"]
+            bar = {"name": f"{mixture}: task predicted, {kind}", "value": value, "limit": BAR, "holds": value >= BAR}
+            bars.append(bar)
         write_json(path, {"schema": SCHEMA, "seed": 0, "systems": every, "bars": bars})
+    finally:
+        os.close(folder)
 
 
 def main() -> None:
@@ -222,7 +233,7 @@ def main() -> None:
         command = f"python benchmarks/composite_serving.py {given} --systems {shlex.quote(name)}"
         add(result, name, {"command": command, **environment(), **found})
         shown = {kind: {key: e["all"]["value"] for key, e in found[kind].items() if key != "shuffled"}
-                 for kind in ("alone", "segments")}  # fmt: skip
+                 for kind in ("alone", "segments", "behind")}  # fmt: skip
         print(name, shown, f"{found['seconds']:.0f} s", flush=True)
 
 

@@ -102,32 +102,23 @@ def imported_experts() -> str:
     return rows(["alone / behind another task", *tasks, "mean", "mean without agnews", "seconds to make"], *body)
 
 
-def composite_right() -> str:
-    """Each system of composite_serving: right answers, asked alone / as segments of composite prompts."""
-    systems = read("composite_serving")["systems"]
-    tasks = list(next(iter(systems.values()))["alone"]["right"])
+def composite(key: str) -> str:
+    """Each system of composite_serving that has it, as "alone / segment" by task, and of all also behind others."""
+    systems = {name: row for name, row in read("composite_serving")["systems"].items() if key in row["alone"]}
+    tasks = [task for task in next(iter(systems.values()))["alone"][key] if task != "all"]
 
-    def cell(row: dict[str, Any], task: str) -> str:
-        return " / ".join(f"{row[kind]['right'][task]['value']:.0%}" for kind in ("alone", "segments"))
-
-    body = [[name, *(cell(row, task) for task in tasks)] for name, row in systems.items()]
-    return rows(["right alone / as a segment", *tasks], *body)
-
-
-def composite_predicted() -> str:
-    """Each mixture of composite_serving: the task predicted from the shares, alone / as segments, and by chance."""
-    systems = {n: row for n, row in read("composite_serving")["systems"].items() if "predicted" in row["segments"]}
-    tasks = list(next(iter(systems.values()))["alone"]["predicted"])
-
-    def cell(row: dict[str, Any], task: str) -> str:
-        return " / ".join(f"{row[kind]['predicted'][task]['value']:.0%}" for kind in ("alone", "segments"))
+    def cell(row: dict[str, Any], task: str, *kinds: str) -> str:
+        return " / ".join(f"{row[kind][key][task]['value']:.0%}" for kind in kinds)
 
     body = []
     for name, row in systems.items():
-        low, high = row["segments"]["predicted"]["all"]["interval"]
-        shuffled = f"{row['segments']['shuffled']:.0%}"
-        body.append([name, *(cell(row, task) for task in tasks), f"{low:.0%} to {high:.0%}", shuffled])
-    return rows(["predicted alone / as a segment", *tasks, "all, as a segment, 95 %", "labels shuffled"], *body)
+        low, high = row["segments"][key]["all"]["interval"]
+        cells = [*(cell(row, task, "alone", "segments") for task in tasks), cell(row, "all", "alone", "segments")]
+        cells += [f"{low:.0%} to {high:.0%}", cell(row, "all", "behind")]
+        cells += [f"{row['segments']['shuffled']:.0%}"] if key == "predicted" else []
+        body.append([name, *cells])
+    head = [f"{key}: alone / as a segment", *tasks, "all", "all segments, 95 %", "only those behind others"]
+    return rows(head + (["labels shuffled"] if key == "predicted" else []), *body)
 
 
 def arrow_peer() -> str:
@@ -155,8 +146,8 @@ def import_cost() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "import-cost": import_cost,
     "imported-experts": imported_experts,
-    "composite-right": composite_right,
-    "composite-predicted": composite_predicted,
+    "composite-right": lambda: composite("right"),
+    "composite-predicted": lambda: composite("predicted"),
     "arrow-peer": arrow_peer,
     "quickstart-short": quickstart_short,
     "quickstart": quickstart,

@@ -66,7 +66,7 @@ def test_the_expert_with_the_largest_sum_of_shares_predicts_the_task() -> None:
 
 
 def test_shuffled_labels_are_met_as_often_as_there_are_tasks() -> None:
-    from composite_serving import rates, shuffled
+    from composite_serving import rates, shuffled, summary
 
     right = [{"task": task, "predicted": task} for task in ("clinc150", "agnews", "scan", "geography") * 25]
     assert shuffled(right) == pytest.approx(0.25, abs=0.01)
@@ -76,3 +76,13 @@ def test_shuffled_labels_are_met_as_often_as_there_are_tasks() -> None:
     found = rates(same, lambda one: one["predicted"] == one["task"])
     assert [found[key]["value"] for key in ("all", "agnews", "scan")] == [0.25, 0.0, 1.0]
     assert found["all"]["n"] == 100 and found["scan"]["n"] == 25
+    # The first segment of a text has nothing before it, and is left out of those behind others.
+    segments = [one | {"behind": one["task"] != "scan", "right": False} for one in same]
+    told = summary("arrow", {"alone": segments, "segments": segments})
+    assert told["segments"]["predicted"]["all"]["value"] == 0.25
+    assert told["behind"]["predicted"]["all"] == {
+        "value": 0.0,
+        "interval": told["behind"]["right"]["all"]["interval"],
+        "n": 75,
+    }
+    assert "predicted" not in summary("ties", {"alone": segments, "segments": segments})["behind"]
