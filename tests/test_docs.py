@@ -116,9 +116,12 @@ def is_extra(command: str) -> None:
 
 
 def is_script(command: str) -> None:
-    """The script is there, and every option is one of its own."""
+    """The script is there, and every option is one of its own or of a script beside it that it imports."""
     script = next(word for word in command.split() if word.endswith(".py"))
     source = (ROOT / script).read_text(encoding="utf-8")
+    for name in re.findall(r"^from (\w+) import", source, flags=re.MULTILINE):
+        beside = (ROOT / script).with_name(f"{name}.py")
+        source += beside.read_text(encoding="utf-8") if beside.is_file() else ""
     for option in re.findall(r"(--[\w-]+)", command):
         assert f'"{option}"' in source, f"{script} has no option {option}"
 
