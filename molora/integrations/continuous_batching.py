@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import random
 from typing import Any
@@ -70,11 +71,19 @@ def sampling_arguments(temperature: float, top_p: float, seed: int | None) -> di
 
 
 def make_manager(
-    model: Any, *, num_blocks: int, page_size: int, max_batch_tokens: int, max_requests: int, cuda_graph: bool | None
+    model: Any,
+    *,
+    num_blocks: int,
+    page_size: int,
+    max_model_len: int,
+    max_batch_tokens: int,
+    max_requests: int,
+    cuda_graph: bool | None,
 ) -> ContinuousBatchingManager:
     """A manager, not started, of `num_blocks` pages of `page_size` tokens, with `sampling_arguments` for each request.
 
     Args:
+        max_model_len: tokens of the longest request; flash attention decodes those with a table of their pages.
         max_batch_tokens: tokens of one forward, prompts in parts.
         max_requests: requests in one forward.
         cuda_graph: None: where transformers finds them useful.
@@ -84,6 +93,7 @@ def make_manager(
     config = ContinuousBatchingConfig(
         num_blocks=num_blocks,
         page_size=page_size,
+        max_blocks_per_request=math.ceil(max_model_len / page_size) if model.device.type == "cuda" else None,
         max_batch_tokens=max_batch_tokens,
         max_requests_per_batch=max_requests,
         per_request_processors=True,

@@ -106,6 +106,7 @@ class Engine:
             model,
             num_blocks=math.ceil(limits.cache_tokens / limits.page_size),
             page_size=limits.page_size,
+            max_model_len=limits.max_model_len,
             max_batch_tokens=limits.max_batch_tokens,
             max_requests=limits.max_running,
             cuda_graph=cuda_graph,

@@ -22,6 +22,8 @@ from molora.serve.pool import ExpertPool
 from molora.serve.server import Server
 from molora.steering import TokenSteering
 
+PAGE_SIZES = {"cpu": 16, "cuda": 256}
+"""FlashAttention 2 takes multiples of 256 only."""
 CPU_CACHE_BYTES = 2**30
 GPU_CACHE_SHARE = 0.6
 """Of the memory that is free once the model is loaded."""
@@ -65,10 +67,10 @@ def make_server(
         if max_model_len > longest:
             raise ValueError(f"--max-model-len {max_model_len} exceeds the model's context of {longest} tokens")
         longest = max_model_len
-    room = _cache_tokens(model) if cache_tokens is None else cache_tokens
-    bounds = Limits(
-        max_model_len=longest, cache_tokens=max(room, longest + 16) if cache_tokens is None else room, **limits
-    )
+    limits.setdefault("page_size", PAGE_SIZES.get(model.device.type, PAGE_SIZES["cpu"]))
+    if cache_tokens is None:
+        cache_tokens = max(_cache_tokens(model), longest + limits["page_size"])
+    bounds = Limits(max_model_len=longest, cache_tokens=cache_tokens, **limits)
     with_base = base_name if base_name != name and is_bare_without_gates(model, tokenizer) else None
     engine = Engine(model, end_tokens(model, tokenizer), bounds, cuda_graph, tokenizer)
     taken = (name, *([with_base] if with_base else []))
