@@ -29,9 +29,8 @@ from peft import LoraConfig, get_peft_model
 
 from molora import from_adapters
 from molora.bench import load
-from molora.bench.serving import listening
+from molora.bench.serving import listening, word_tokenizer
 from molora.bench.subjects import LINEARS, LLAMA_8B, TINY, base
-from molora.eval.models import load_tokenizer
 from molora.eval.results import SCHEMA, environment, write_json
 from molora.serve.app import create_app
 from molora.serve.launch import make_server
@@ -100,7 +99,7 @@ def measure(options: Any) -> dict[str, Any]:
         room = {"max_model_len": 4 * tokens, "cache_tokens": 4 * tokens * options.streams}
         server = make_server(
             mixture,
-            load_tokenizer("molora-tiny"),
+            word_tokenizer(shape.vocab),
             "model",
             api_key=KEY,
             adapter_dirs=(folder,),
