@@ -93,7 +93,8 @@ def make_manager(
     config = ContinuousBatchingConfig(
         num_blocks=num_blocks,
         page_size=page_size,
-        max_blocks_per_request=math.ceil(max_model_len / page_size) if model.device.type == "cuda" else None,
+        # One more, because the warm-up asks for the token behind a full page.
+        max_blocks_per_request=math.ceil(max_model_len / page_size) + 1 if model.device.type == "cuda" else None,
         max_batch_tokens=max_batch_tokens,
         max_requests_per_batch=max_requests,
         per_request_processors=True,
@@ -108,7 +109,28 @@ def make_manager(
     processors.logits_processor.append(SeededChoice())
     processors.tensors_required += 1
     processors._retrieve_processors_kwargs()
+    _use_one_stream(manager)
     return manager
+
+
+def _use_one_stream(manager: ContinuousBatchingManager) -> None:
+    """Has the engine's thread make a batch's tensors on the stream that reads them, and capture its CUDA graphs first.
+
+    transformers 5.19 to 5.23 make them on the thread's default stream and run the model on another, which without async
+    batching waits for nothing: now and then a forward reads page numbers of the batch before, or of none.
+    """
+    create = manager._create_batch_processor
+
+    def created() -> Any:
+        processor = create()
+        stream = processor.inputs_and_outputs.compute_stream
+        if stream is not None:
+            torch.cuda.synchronize(stream.device)
+            torch.cuda.set_stream(stream)  # of the calling thread, which is the engine's
+            processor.warmup(manager.model)
+        return processor
+
+    manager._create_batch_processor = created
 
 
 def fatal_error(manager: ContinuousBatchingManager) -> str | None:
