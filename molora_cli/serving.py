@@ -43,7 +43,7 @@ def serve(
         list[Path] | None, typer.Option(help="A directory below which adapters may be loaded from; may be repeated.")
     ] = None,
     eager: Annotated[
-        bool, typer.Option("--eager", help="No CUDA graphs: routed_experts, experts and loading need it on a GPU.")
+        bool, typer.Option("--eager", help="No CUDA graphs on a GPU: slower, but a new expert holds nobody up.")
     ] = False,
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens of prompt and answer; the model's context if left out.")

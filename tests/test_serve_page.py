@@ -273,7 +273,7 @@ def test_an_answer_that_breaks_off_says_so(page: Page) -> None:
 def test_a_model_that_cannot_be_traced_answers_without_colours(page: Page) -> None:
     with listening(written([Piece([" plain", " text"], [], "length")], traced=False)) as url:
         page.open(url)
-        assert "--eager" in page.one("about").text
+        assert "no experts to watch" in page.one("about").text
         page.send("x")
         assert page.texts(".text") == ["plain text"] and not page.all(".bar, .token")
         assert page.texts(".note") == ["Cut at the largest number of tokens."]

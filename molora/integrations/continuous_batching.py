@@ -6,6 +6,7 @@ import contextlib
 import math
 import queue
 import random
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.utils import CudaGraphBuffer
 
 _BITS = 0xFFFFFFFF
 
@@ -86,7 +88,8 @@ def make_manager(
         max_model_len: tokens of the longest request; flash attention decodes those with a table of their pages.
         max_batch_tokens: tokens of one forward, prompts in parts.
         max_requests: requests in one forward.
-        cuda_graph: None: where transformers finds them useful.
+        cuda_graph: None: on a GPU. transformers would leave them out without flash attention, but a mixture gains more
+            by them than a bare model: most of what one token takes is Python, and launches.
     """
     # Neutral values would leave the processors out for good; each request brings its own.
     sampling = GenerationConfig(do_sample=True, temperature=0.5, top_p=0.5, max_new_tokens=16, eos_token_id=-1)
@@ -98,7 +101,7 @@ def make_manager(
         max_batch_tokens=max_batch_tokens,
         max_requests_per_batch=max_requests,
         per_request_processors=True,
-        use_cuda_graph=cuda_graph,
+        use_cuda_graph=model.device.type == "cuda" if cuda_graph is None else cuda_graph,
         use_async_batching=False,  # the batch that runs is then the batch that is known
         # A prompt has other keys and values under other experts, and another request may choose them by itself.
         allow_block_sharing=False,
@@ -109,28 +112,38 @@ def make_manager(
     processors.logits_processor.append(SeededChoice())
     processors.tensors_required += 1
     processors._retrieve_processors_kwargs()
-    _use_one_stream(manager)
     return manager
 
 
-def _use_one_stream(manager: ContinuousBatchingManager) -> None:
-    """Has the engine's thread make a batch's tensors on the stream that reads them, and capture its CUDA graphs first.
+def around_forwards(manager: ContinuousBatchingManager, begin: Callable[[], Hashable], end: Callable[[], None]) -> None:
+    """Calls `begin` before and `end` behind each forward of a manager, on its thread and on the stream of its forwards.
 
-    transformers 5.19 to 5.23 make them on the thread's default stream and run the model on another, which without async
-    batching waits for nothing: now and then a forward reads page numbers of the batch before, or of none.
+    Replayed CUDA graphs run no hooks, but they read and write the tensors of the forward that was captured. What
+    `begin` returns tells apart the graphs of one size: each value has graphs of its own.
+
+    Also has the thread make a batch's tensors on the stream that reads them, and capture the first graphs before the
+    first request. transformers 5.19 to 5.23 make them on the thread's default stream and run the model on another,
+    which without async batching waits for nothing: a forward may read the page numbers of the batch before.
     """
-    create = manager._create_batch_processor
+    create, step, kind = manager._create_batch_processor, manager._generation_step, [begin()]
 
     def created() -> Any:
         processor = create()
-        stream = processor.inputs_and_outputs.compute_stream
-        if stream is not None:
-            torch.cuda.synchronize(stream.device)
-            torch.cuda.set_stream(stream)  # of the calling thread, which is the engine's
-            processor.warmup(manager.model)
+        batch = processor.inputs_and_outputs
+        if batch.compute_stream is not None:
+            torch.cuda.synchronize(batch.compute_stream.device)
+            torch.cuda.set_stream(batch.compute_stream)  # of the calling thread, which is the engine's
+        size = batch._get_graph_key
+        batch._get_graph_key = lambda: (*size(), kind[0])
+        processor.warmup(manager.model)
         return processor
 
-    manager._create_batch_processor = created
+    def stepped() -> None:
+        kind[0] = begin()
+        step()
+        end()
+
+    manager._create_batch_processor, manager._generation_step = created, stepped
 
 
 def fatal_error(manager: ContinuousBatchingManager) -> str | None:
@@ -140,22 +153,23 @@ def fatal_error(manager: ContinuousBatchingManager) -> str | None:
 
 
 def requests_of_batch(manager: ContinuousBatchingManager) -> list[str]:
-    """During a forward: the requests that get a token from it, in the order of its ``logits_indices``."""
+    """Around a forward: the requests that get a token from it, in the order of its ``logits_indices``."""
     batch = manager.batch_processor
     requests = [] if batch is None else batch.inputs_and_outputs.requests_in_batch
     return [request.state.request_id for request in requests if request.has_new_token]
 
 
 def tokens_of_batch(manager: ContinuousBatchingManager) -> list[tuple[str, int]]:
-    """During a forward: each request and how many tokens of it the batch holds, in the batch's order."""
+    """Around a forward: each request and how many tokens of it the batch holds, in the batch's order."""
     batch = manager.batch_processor
     requests = [] if batch is None else batch.inputs_and_outputs.requests_in_batch
     return [(request.state.request_id, request.query_length) for request in requests]
 
 
-def runs_eagerly(manager: ContinuousBatchingManager) -> bool:
-    """Whether each forward runs as Python, so that hooks see it."""
-    return not any(manager.continuous_batching_config.cuda_graph_booleans)
+def drop_graphs(manager: ContinuousBatchingManager) -> None:
+    """In a pause: has forwards captured anew, because their CUDA graphs know the tensors of the model as it was."""
+    if manager.batch_processor is not None:
+        manager.batch_processor.inputs_and_outputs.graphs = CudaGraphBuffer()
 
 
 def forget(manager: ContinuousBatchingManager, request_id: str) -> None:

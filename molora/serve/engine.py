@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 
-from molora.integrations.continuous_batching import fatal_error, forget, make_manager, sampling_arguments
+from molora.integrations.continuous_batching import (
+    drop_graphs,
+    fatal_error,
+    forget,
+    make_manager,
+    sampling_arguments,
+)
 from molora.serve.limits import Limits
 from molora.serve.reading import reader_of
 from molora.serve.steering import Steering
@@ -78,7 +84,7 @@ class Engine:
         model: a causal LM in eval mode, with or without adapters; this engine alone uses it from now on.
         eos_token_ids: tokens that end an answer; they are not part of it.
         limits: what is taken at once.
-        cuda_graph: None: where transformers finds it useful; a router that reads prompts runs without.
+        cuda_graph: None: on a GPU; a router that reads prompts runs without.
         tokenizer: for a router that reads prompts as text.
 
     Raises:
@@ -150,9 +156,13 @@ class Engine:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """No forward runs inside; requests keep their caches and go on behind it. For a thread, not an event loop."""
+        """No forward runs inside, so that the model may change; requests keep their caches and go on behind it.
+
+        For a thread, not an event loop.
+        """
         with self.manager.pause():
             yield
+            drop_graphs(self.manager)
             if self.model.device.type == "cuda":
                 torch.cuda.synchronize(self.model.device)  # the engine's stream does not wait for this thread's
 

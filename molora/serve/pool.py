@@ -79,7 +79,7 @@ class ExpertPool:
         if self.engine.error:
             raise ApiError(503, f"the engine failed: {self.engine.error}")
         if not self.engine.tracer.available:
-            raise ApiError(400, "experts cannot change here: no mixture, or CUDA graphs (start with --eager)")
+            raise ApiError(400, "experts cannot change here, because this model is no mixture")
 
     def _checked(self, path: str) -> Path:
         """The directory of an adapter, links resolved."""

@@ -155,8 +155,7 @@ class Server:
         self.check_model(body.model)
         for name in ("routed_experts", "experts"):
             if getattr(body, name) and not tracer.available:
-                why = "runs as CUDA graphs: start the server with --eager" if tracer.runtime else "is no mixture"
-                raise ApiError(400, f"{name} is not offered, because this model {why}", name)
+                raise ApiError(400, f"{name} is not offered, because this model is no mixture", name)
         if body.model == self.base_name:
             chosen: Steering | None = Steering(bare=True)
         else:

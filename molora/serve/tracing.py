@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from molora.context import runtime_of
-from molora.integrations.continuous_batching import requests_of_batch, runs_eagerly, tokens_of_batch
+from molora.integrations.continuous_batching import around_forwards, requests_of_batch, tokens_of_batch
 from molora.record import Site
 from molora.routers import Routing
 from molora.serve.reading import PromptReader
@@ -38,8 +38,9 @@ class Tracer:
     """Hooks of a served model: reads routings for requests that want them, steers those that ask for it, and tells a
     router that chooses by the prompt whose tokens are whose.
 
-    A batch holds tokens of many requests in one row; the scheduler says which are whose. Works where forwards run as
-    Python (not as CUDA graphs). Costs nothing while no request asks.
+    A batch holds tokens of many requests in one row; the scheduler says which are whose. What is told and what is read
+    lies in tensors that stay, because a forward that is replayed as a CUDA graph runs no hook: they are filled before
+    it, and read behind it. Costs nothing while no request asks.
 
     Args:
         reader: of the requests' prompts, for a router that chooses by them.
@@ -53,20 +54,25 @@ class Tracer:
             self.runtime = None
         self._wants: dict[str, deque[TokenRouting]] = {}
         self._steered: dict[str, Steering] = {}
-        self._traced: list[str] = []
+        self._traced: dict[str, int] = {}
+        self._told: TokenSteering | None = None
         self._names: list[str] = []
-        self._parts: list[Tensor] = []
-        self._indices: Tensor | None = None
+        self._rows: Tensor | None = None
+        self._gates = torch.zeros(0, 0, 0)
+        """(requests, routers, G) of the last traced forward, in the order of its new tokens."""
+        self._wishes = TokenSteering(self._gates, self._gates)
+        """For each token of the largest batch."""
         base = manager.model
         self._hooks = [
             base.register_forward_pre_hook(self._before, with_kwargs=True),
             base.register_forward_hook(self._after),
         ]
+        around_forwards(manager, self._begin, self._end)
 
     @property
     def available(self) -> bool:
         """Whether requests can be traced and steered."""
-        return self.runtime is not None and runs_eagerly(self.manager)
+        return self.runtime is not None
 
     @property
     def expert_names(self) -> list[str]:
@@ -109,51 +115,68 @@ class Tracer:
 
     def add(self, site: Site, routing: Routing, rows: int) -> None:
         """Called by each layer of a traced forward, as any recorder."""
+        assert self._rows is not None
+        gates = routing.gates[self._rows]
+        self._gates[: len(gates), len(self._names), : gates.shape[1]] = gates
         self._names.append(site.name)
-        assert self._indices is not None
-        self._parts.append(routing.gates[self._indices].float())
+
+    def _begin(self) -> tuple[bool, bool]:
+        """Says whose tokens the next forward has; returns whether it is steered, and whether it is traced."""
+        batch = tokens_of_batch(self.manager) if self._steered else []
+        steered = any(name in self._steered for name, _ in batch)
+        rows = enumerate(requests_of_batch(self.manager)) if self._wants else ()
+        # Kept until the forward is over: a request may leave while it runs.
+        self._traced = {name: row for row, name in rows if name in self._wants}
+        if steered or self._traced:
+            self._fit()
+        if steered:
+            self._tell(batch)
+        self._told = self._wishes if steered else None
+        return steered, bool(self._traced)
+
+    def _fit(self) -> None:
+        """Makes what is filled and read as large as any batch, for the experts and routers there are."""
+        config, device = self.manager.continuous_batching_config, self.manager.model.device
+        gates = [site.router.num_gates for site in self.runtime.sites if site.live]
+        shape = (config.max_requests_per_batch, len(gates), max(gates))
+        if self._gates.shape != shape:
+            self._gates = torch.zeros(shape, device=device)
+            told = torch.zeros(config.max_batch_tokens, max(gates), device=device)
+            self._wishes = TokenSteering(torch.ones_like(told), told)
+
+    def _tell(self, batch: Sequence[tuple[str, int]]) -> None:
+        """Writes down what each request of a batch wishes; behind them is padding."""
+        names, width = self.expert_names, self._gates.shape[2]
+        rows = [self._steered.get(name, Steering()).rows(names, width) for name, _ in batch]
+        lengths = torch.tensor([length for _, length in batch])
+        for part, own, neutral in zip(self._wishes, zip(*rows, strict=True), (1.0, 0.0), strict=True):
+            part.fill_(neutral)
+            part[: int(lengths.sum())] = torch.stack(own).repeat_interleave(lengths, 0).to(part)
 
     def _before(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         if self.runtime is None or "logits_indices" not in kwargs:  # a forward that is none of the manager's
             return
+        count = kwargs["input_ids"].numel()
         if self.reader is not None:
-            vectors = self.reader.of_batch(tokens_of_batch(self.manager), kwargs["input_ids"].numel())
+            vectors = self.reader.of_batch(tokens_of_batch(self.manager), count)
             self.runtime.inputs.embeddings[self.reader.router] = vectors
-        if self._steered:
-            self.runtime.inputs.steering = self._token_steering(kwargs["input_ids"])
-        if not self._wants:
-            return
-        traced = [(n, name) for n, name in enumerate(requests_of_batch(self.manager)) if name in self._wants]
-        if traced:
-            # Kept until the forward is over: a request may leave while it runs.
-            self._traced = [name for _, name in traced]
-            self._indices = kwargs["logits_indices"][[n for n, _ in traced]].long()
-            self._names, self._parts, self.runtime.recorder = [], [], self
+        if self._told is not None:
+            self.runtime.inputs.steering = TokenSteering(*(part[:count] for part in self._told))
+        if self._traced:
+            self._rows, self._names, self.runtime.recorder = kwargs["logits_indices"].long(), [], self
 
     def _after(self, module: Any, args: Any, output: Any) -> None:
-        if self.runtime is None or self.runtime.recorder is not self:
+        if self.runtime is not None and self.runtime.recorder is self:
+            self.runtime.recorder = self._rows = None
+
+    def _end(self) -> None:
+        """Hands out what a traced forward has left."""
+        if not self._traced:
             return
-        self.runtime.recorder = None
-        width = max(part.shape[1] for part in self._parts)
-        parts = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in self._parts]
-        gates = torch.stack(parts, 1)  # (tokens, routers, G)
-        share = (gates / gates.sum(2, keepdim=True).clamp(min=1e-20)).mean(1)
-        gates, share = gates.cpu(), share.cpu()
-        experts = tuple(self.expert_names or map(str, range(width)))
-        for name, own, part in zip(self._traced, gates, share, strict=True):
+        gates = self._gates[list(self._traced.values()), : len(self._names)].cpu()  # (tokens, routers, G)
+        shares = (gates / gates.sum(2, keepdim=True).clamp(min=1e-20)).mean(1)
+        experts = tuple(self.expert_names or map(str, range(gates.shape[2])))
+        for name, own, share in zip(self._traced, gates, shares, strict=True):
             waiting = self._wants.get(name)
             if waiting is not None:
-                waiting.append(TokenRouting(experts, part, own))
-        self._indices = None
-
-    def _token_steering(self, input_ids: Tensor) -> TokenSteering | None:
-        batch = tokens_of_batch(self.manager)
-        if not any(name in self._steered for name, _ in batch):
-            return None
-        names, width = self.expert_names, max(site.router.num_gates for site in self.runtime.sites if site.live)
-        rows = [self._steered.get(name, Steering()).rows(names, width) for name, _ in batch]
-        lengths = torch.tensor([length for _, length in batch])
-        keep, add = (torch.stack(part).repeat_interleave(lengths, 0) for part in zip(*rows, strict=True))
-        left = input_ids.numel() - len(keep)  # padding of the batch
-        keep, add = (torch.nn.functional.pad(part, (0, 0, 0, left), value=v) for part, v in ((keep, 1.0), (add, 0.0)))
-        return TokenSteering(keep.to(input_ids.device), add.to(input_ids.device))
+                waiting.append(TokenRouting(experts, share, own))
