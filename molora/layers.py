@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +57,13 @@ class MixtureSpec:
     def scaling(self) -> float:
         rank = self.r if self.router is None else self.router.scaling_rank(self.r)
         return scaling_factor(self.lora_alpha, rank, self.use_rslora)
+
+    @cached_property
+    def experts_per_token(self) -> int | None:
+        """How many experts each token has; None where that varies, or where ranks are gated one by one."""
+        if self.router is None or self.router.num_gates(self.num_experts, self.r) != self.num_experts:
+            return None
+        return self.router.num_chosen(self.num_experts, self.r)
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
@@ -274,13 +282,13 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
 
     def router_beside(self, adapter: str) -> Any:
         """This layer's own router, if its logits are a product of the layer's input that others may compute."""
-        router: Any = dict(self.molora_router.items()).get(adapter)
+        router: Any = self.molora_router._modules.get(adapter)
         return None if router is None or router.reads_by_itself else router
 
     def has_whole_experts(self, adapter: str, part: str) -> bool:
         """Whether the expert parameters can be read outside of this layer's forward: not offloaded nor partitioned."""
         # Not by its name: ZeRO-3 gathers a parameter whose name is asked for, and lets go of it behind the next module.
-        A = next(getattr(self, f"molora_A{part}")[adapter].parameters())
+        (A,) = getattr(self, f"molora_A{part}")[adapter]._parameters.values()
         return not (A.is_meta or A.numel() == 0 or hasattr(A, "ds_id"))
 
     def drop(self, adapter: str, part: str, x: Tensor) -> tuple[Tensor, dict[str, Any]]:

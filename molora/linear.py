@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,7 +14,23 @@ from molora.kernels.shrink import shrink
 from molora.layers import MixtureSpec, MoloraLayer, RouterPlace, is_fresh, is_plain_linear, linear_features
 from molora.preconditioning import gate_rescaled
 from molora.routers import Routing
-from molora.shared import Read, SharedRead, SharedRouting
+from molora.shared import NOTHING_READ, SharedRead, SharedRouting
+
+
+class _Decided(NamedTuple):
+    """What one pass adds to the frozen linear's output.
+
+    Attributes:
+        experts: those of the adapter.
+        ranks: of the input, where it was read for them; of a few tokens the parts of a sum.
+        routing: None for an ungated LoRA.
+        gated: `ranks` times their gates, where `decode.gated_few` has run.
+    """
+
+    experts: Projection
+    ranks: Tensor | None
+    routing: Routing | None
+    gated: Tensor | None
 
 
 class MixedLinear(MoloraLayer):
@@ -75,43 +91,34 @@ class MixedLinear(MoloraLayer):
         first = [a for a in active if self._reads_first(a, x)]
         for adapter in first:
             x = self.molora_reads[adapter].enter(self, adapter, x)
-        with decode.beside(x) as aside:
-            decided = {a: self._decide(a, x, a in first, aside) for a in active} if aside else {}
+        decided: dict[str, _Decided] = {}
+        if aside := decode.captures(x):
+            with decode.beside(x):
+                decided = {a: self._decide(a, x, a in first, True) for a in active}
         out: Tensor = self.base_layer(x, *args, **kwargs)
-        decode.join(x, aside)
+        if aside:
+            decode.join(x)
         for adapter in active:
-            experts = self.experts(adapter, "")
-            assert experts is not None
-            read, routing, gated = decided.get(adapter) or self._decide(adapter, x, adapter in first)
+            do = decided.get(adapter) or self._decide(adapter, x, adapter in first)
             if adapter not in self.molora_U:
-                out = self._add(adapter, x, read, routing, gated, experts, out, self.base_is_plain and is_fresh(out, x))
+                out = self._add(adapter, x, do, out, self.base_is_plain and is_fresh(out, x))
                 continue
-            onto = out.new_zeros(*out.shape[:-1], experts.B.shape[2])
-            mixed = self._add(adapter, x, read, routing, gated, experts, onto, True)
+            mixed = self._add(adapter, x, do, out.new_zeros(*out.shape[:-1], do.experts.B.shape[2]), True)
             basis: Tensor = self.molora_U[adapter]()
             out = out + mixed @ basis[0].to(out.dtype)
         return out
 
-    def _add(
-        self,
-        adapter: str,
-        x: Tensor,
-        read: Read | None,
-        routing: Routing | None,
-        gated: Tensor | None,
-        experts: Projection,
-        out: Tensor,
-        inplace: bool,
-    ) -> Tensor:
+    def _add(self, adapter: str, x: Tensor, decided: _Decided, out: Tensor, inplace: bool) -> Tensor:
         """`out` with an adapter's mixture added to it."""
+        experts, ranks, routing, gated = decided
         gates, topk_ids = (None, None) if routing is None else (routing.gates, routing.topk_ids)
         if gates is not None and self.rescales_gates(adapter, ""):
-            return self._rescaled(adapter, x, read, gates, topk_ids, experts, out)
+            return self._rescaled(adapter, x, ranks, gates, topk_ids, experts, out)
         if routing is not None and routing.fuses:
-            ranks = self._fused_ranks(adapter, x, read, routing.gates)
+            ranks = self._fused_ranks(adapter, x, ranks, routing.gates, experts)
             return expand(ranks, gates, experts.B, experts.scaling, out, inplace, topk_ids)
-        if read is not None and read.ranks is not None:
-            return expand(read.ranks, gates, experts.B, experts.scaling, out, inplace, topk_ids, gated)
+        if ranks is not None:
+            return expand(ranks, gates, experts.B, experts.scaling, out, inplace, topk_ids, gated)
         inputs, dropout = self.drop(adapter, "", x)
         kernel = self.molora_runtime.kernel
         return selection.mixture_linear(
@@ -122,19 +129,19 @@ class MixedLinear(MoloraLayer):
         self,
         adapter: str,
         x: Tensor,
-        read: Read | None,
+        ranks: Tensor | None,
         gates: Tensor,
         topk_ids: Tensor | None,
         experts: Projection,
         out: Tensor,
     ) -> Tensor:
         """The mixture by `gate_rescaled`, of the ranks where another has read the input."""
-        if read is not None and read.ranks is not None:
+        if ranks is not None:
 
             def of_ranks(ranks: Tensor, gates: Tensor, experts: Projection, out: Tensor) -> Tensor:
                 return expand(ranks, gates, experts.B, experts.scaling, out, topk_ids=topk_ids)
 
-            return gate_rescaled(of_ranks, read.ranks, gates, experts, out)
+            return gate_rescaled(of_ranks, ranks, gates, experts, out)
         inputs, dropout = self.drop(adapter, "", x)
 
         def of_inputs(x: Tensor, gates: Tensor, experts: Projection, out: Tensor) -> Tensor:
@@ -143,28 +150,22 @@ class MixedLinear(MoloraLayer):
 
         return gate_rescaled(of_inputs, inputs, gates, experts, out)
 
-    def _decide(
-        self, adapter: str, x: Tensor, reads_first: bool, gates_too: bool = False
-    ) -> tuple[Read | None, Routing | None, Tensor | None]:
-        """This linear's part of the pass over its input, its routing and, if wanted, its ranks times their gates."""
-        read = self.molora_reads[adapter].part(self, adapter) if reads_first else None
-        routing = None
-        if self.molora_specs[adapter][""].router is not None:
-            routing = self.routing(adapter, x, self._logits(adapter, read))
-        gated, experts = None, self.experts(adapter, "")
-        num_ranks = 0 if experts is None else experts.num_experts * experts.B.shape[1]
-        gates_too = gates_too and not (routing is not None and routing.fuses)
-        if gates_too and read is not None and read.ranks is not None and 0 < num_ranks <= decode.MAX_RANKS:
-            assert experts is not None
-            gates = None if routing is None else routing.gates
-            gated = decode.gated_few(read.ranks, gates, num_ranks, experts.scaling, x.dtype)
-        return read, routing, gated
-
-    def _fused_ranks(self, adapter: str, x: Tensor, read: Read | None, gates: Tensor) -> Tensor:
-        """``sum_e gate_e (A_e x)``, (T, R): the ranks of experts whose matrices are averaged, as of one shared A."""
-        experts = self.experts(adapter, "")
+    def _decide(self, adapter: str, x: Tensor, reads_first: bool, gates_too: bool = False) -> _Decided:
+        """What this linear adds, by its part of the pass over its input; with `gates_too` its gated ranks as well."""
+        read = self.molora_reads[adapter].part(self, adapter) if reads_first else NOTHING_READ
+        experts, routing, gated = read.experts or self.experts(adapter, ""), None, None
         assert experts is not None
-        ranks = None if read is None else read.ranks
+        if self.molora_specs[adapter][""].router is not None:
+            owner = self if (shared := self.molora_shared.get(adapter)) is None else shared.owner
+            routing = self.routing(adapter, x, read.logits.get(owner))  # type: ignore[arg-type]
+        if gates_too and read.ranks is not None and not (routing is not None and routing.fuses):
+            num_ranks, gates = experts.num_experts * experts.B.shape[1], None if routing is None else routing.gates
+            if num_ranks <= decode.MAX_RANKS:
+                gated = decode.gated_few(read.ranks, gates, num_ranks, experts.scaling, x.dtype)
+        return _Decided(experts, read.ranks, routing, gated)
+
+    def _fused_ranks(self, adapter: str, x: Tensor, ranks: Tensor | None, gates: Tensor, experts: Projection) -> Tensor:
+        """``sum_e gate_e (A_e x)``, (T, R): the ranks of experts whose matrices are averaged, as of one shared A."""
         if ranks is None:
             inputs, dropout = self.drop(adapter, "", x)
             (ranks,) = shrink(inputs, [experts.A.flatten(0, 1)], dtype=x.dtype, **dropout).ranks
@@ -174,7 +175,7 @@ class MixedLinear(MoloraLayer):
 
     def _reads_first(self, adapter: str, x: Tensor) -> bool:
         """Whether the input is read for experts and routers before the frozen linear runs, together with others."""
-        if selection.requested(self.molora_runtime.kernel) == "reference" or not selection.reads_first(x):
+        if not selection.reads_first(x) or selection.requested(self.molora_runtime.kernel) == "reference":
             return False
         if not self.has_whole_experts(adapter, ""):
             return False
@@ -188,25 +189,16 @@ class MixedLinear(MoloraLayer):
         have a dropout mask of their own, it is for the routers alone."""
         if self._drops(adapter):
             return False
-        spec = self.molora_specs[adapter][""]
-        top_k = None if spec.router is None else spec.router.num_chosen(spec.num_experts, spec.r)
-        by_expert = spec.router is not None and spec.router.num_gates(spec.num_experts, spec.r) == spec.num_experts
+        spec, features = self.molora_specs[adapter][""], linear_features(self.base_layer)
+        assert features is not None
         shape = selection.Shape(
             x.shape[:-1].numel(),
-            self.in_features,
-            self.out_features,
+            *features,
             spec.num_experts,
             spec.r,
-            top_k if by_expert else None,
+            spec.experts_per_token,
             spec.share_A and spec.num_experts > 1,
             x.dtype,
             x.device,
         )
         return selection.choose(self.molora_runtime.kernel, shape).kernel == "dense_masked"
-
-    def _logits(self, adapter: str, read: Read | None) -> Tensor | None:
-        if read is None:
-            return None
-        shared = self.molora_shared.get(adapter)
-        owner = self if shared is None else shared.owner
-        return read.logits.get(owner)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from molora.kernels.reference import Projection
 from molora.kernels.shrink import Input, shrink
 from molora.routers import Routing
 
@@ -74,10 +75,15 @@ class Read(NamedTuple):
     Attributes:
         ranks: (T, C) of the linear's experts, or None where a kernel that dispatches reads the input itself.
         logits: for each layer of the group whose router reads this input (T, G).
+        experts: those that the ranks are of.
     """
 
     ranks: Tensor | None
     logits: dict[MoloraLayer, Tensor]
+    experts: Projection | None
+
+
+NOTHING_READ = Read(None, {}, None)
 
 
 class _Reading:
@@ -85,7 +91,7 @@ class _Reading:
 
     def __init__(self, x: Tensor, waiting: list[MixedLinear]) -> None:
         self.x, self.version, self.context = x, write_count(x), _grad_context()
-        self.input = Input(x, all(layer.base_is_plain for layer in waiting))
+        self.input = Input(x, torch.is_grad_enabled() and all(layer.base_is_plain for layer in waiting))
         self.waiting = waiting
         self.reads: dict[MixedLinear, Read] = {}
 
@@ -138,16 +144,14 @@ class SharedRead:
 
     def _read(self, reading: _Reading, adapter: str) -> None:
         shrinking = [m for m in reading.waiting if m.shrinks_first(adapter, reading.x)]
-        experts = [m.experts(adapter, "") for m in shrinking]
-        routed: list[MoloraLayer] = [m for m in reading.waiting if m.router_beside(adapter) is not None]
+        experts = {m: e for m in shrinking if (e := m.experts(adapter, "")) is not None}
+        routers: dict[MoloraLayer, Any] = {m: r for m in reading.waiting if (r := m.router_beside(adapter)) is not None}
         found = shrink(
-            reading.input,
-            [e.A.flatten(0, 1) for e in experts if e is not None],
-            [m.router_beside(adapter).product_weight for m in routed],
+            reading.input, [e.A.flatten(0, 1) for e in experts.values()], [r.product_weight for r in routers.values()]
         )
-        logits = dict(zip(routed, found.logits, strict=True))
-        ranks = dict(zip(shrinking, found.ranks, strict=True))
-        reading.reads = {m: Read(ranks.get(m), logits) for m in reading.waiting}
+        logits = dict(zip(routers, found.logits, strict=True))
+        ranks = dict(zip(experts, found.ranks, strict=True))
+        reading.reads = {m: Read(ranks.get(m), logits, experts.get(m)) for m in reading.waiting}
 
 
 def _thread() -> int:

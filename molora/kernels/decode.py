@@ -7,9 +7,8 @@ Legend in `decode_kernels.py`.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,29 +30,24 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@contextlib.contextmanager
-def beside(x: Tensor) -> Iterator[bool]:
-    """While a CUDA graph of a few tokens is captured: runs what is inside on a second stream, and gives True.
+def beside(x: Tensor) -> torch.cuda.StreamContext:
+    """While a CUDA graph is captured: runs what is inside on a second stream.
 
     In the graph it becomes a branch beside the frozen linear, which is bound by its weights and hides it. Each branch
     begins after all that came before and is joined (`join`) before what follows, so no memory is taken too early.
     """
-    if not _captures(x):
-        yield False
-        return
-    side, here = _side_stream(x.device), torch.cuda.current_stream(x.device)
-    side.wait_stream(here)
-    with torch.cuda.stream(side):
-        yield True
+    side = _side_stream(x.device)
+    side.wait_stream(torch.cuda.current_stream(x.device))
+    return torch.cuda.stream(side)
 
 
-def join(x: Tensor, aside: bool) -> None:
-    """Ends the branch of `beside`, if there was one."""
-    if aside:
-        torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
+def join(x: Tensor) -> None:
+    """Ends the branch of `beside`."""
+    torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
 
 
-def _captures(x: Tensor) -> bool:
+def captures(x: Tensor) -> bool:
+    """Whether a CUDA graph of a few tokens is being captured."""
     if torch.is_grad_enabled() or not x.is_cuda or x.numel() > MAX_TOKENS * x.shape[-1]:
         return False
     return not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()

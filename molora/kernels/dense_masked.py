@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from molora.kernels import decode, reference
-from molora.kernels.launch import no_autocast
+from molora.kernels.launch import apply, no_autocast
 from molora.kernels.ranks import gate_ranks, gate_ranks_backward
 from molora.kernels.reference import Projection
 from molora.kernels.shrink import shrink
@@ -92,7 +92,7 @@ def expand(
         return decode.expand_few_(y, shrunk, gates, topk_ids, B.flatten(0, 1), scaling)
     if shrunk.dim() == 3:
         shrunk = shrunk.sum(0)
-    result: Tensor = _Expand.apply(shrunk, gates, B, scaling, out, inplace)
+    result: Tensor = apply(_Expand, shrunk, gates, B, scaling, out, inplace)
     return result
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from molora.kernels.launch import apply
 from molora.kernels.reference import Activation, Projection, combine, gate_ranks
 
 
@@ -141,4 +142,4 @@ def mixture_ffn(
     pairs = [*up_experts, down_experts]
     scalings = tuple(0.0 if p is None else p.scaling for p in pairs)
     flat = [t for p in pairs for t in ((None, None) if p is None else (p.A, p.B))]
-    return _MixtureFFN.apply(act, residual, scalings, topk_ids, x, gates, *pre, *flat)
+    return apply(_MixtureFFN, act, residual, scalings, topk_ids, x, gates, *pre, *flat)

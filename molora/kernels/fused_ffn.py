@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from molora.kernels.launch import blocks, power_of_2
+from molora.kernels.launch import apply, blocks, power_of_2
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 MAX_SETS = 1024
@@ -228,5 +228,5 @@ def fused_ffn(
     two = len(pre) == 2
     second = (pre[1], shrunk[1], experts[1]) if two else (None, None, None)
     tensors = (pre[0], second[0], shrunk[0], second[1], experts[0], second[2], down_A)
-    hidden, ranks = _FusedFFN.apply(plan, topk_ids, gates.float().contiguous(), base, *tensors)
+    hidden, ranks = apply(_FusedFFN, plan, topk_ids, gates.float().contiguous(), base, *tensors)
     return hidden, ranks

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from molora.kernels.launch import blocks, power_of_2
+from molora.kernels.launch import apply, blocks, power_of_2
 
 MAX_GATES = 1024
 """A program holds all gates of its tokens in registers."""
@@ -227,7 +227,7 @@ def top_k_gates(
     Ties go to the lower expert.
     """
     options = _Options(top_k, norm_topk_prob, temperature, with_stats, mask_losses)
-    gates, ids, stats = _TopK.apply(logits.contiguous(), None if mask is None else mask.contiguous(), options)
+    gates, ids, stats = apply(_TopK, logits.contiguous(), None if mask is None else mask.contiguous(), options)
     return Gates(gates, ids, stats if with_stats else None)
 
 
@@ -252,5 +252,5 @@ def rank_wise_gates(
     """
     options = _Options(top_k, with_stats=with_stats, rate=bias_update_rate, bias_in_gates=bias_in_gates)
     mask = None if mask is None else mask.contiguous()
-    gates, ids, stats = _RankWise.apply(logits.contiguous(), bias_steps, mask, options)
+    gates, ids, stats = apply(_RankWise, logits.contiguous(), bias_steps, mask, options)
     return Gates(gates, ids, stats if with_stats else None)

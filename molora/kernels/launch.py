@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from typing import Any
 
 import torch
 
@@ -42,6 +43,22 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+class _Unrecorded:
+    """The context of a forward that no backward follows."""
+
+    def save_for_backward(self, *tensors: object) -> None:
+        pass
+
+    mark_dirty = mark_non_differentiable = set_materialize_grads = save_for_backward
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, without autograd's price where no gradient is wanted."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function.apply(*args)
+    return function.forward(_Unrecorded(), *args)
 
 
 def power_of_2(n: int) -> int:

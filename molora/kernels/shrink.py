@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from molora.kernels import decode
-from molora.kernels.launch import no_autocast
+from molora.kernels.launch import apply, no_autocast
 from molora.kernels.reference import dropout_mask
 from molora.kernels.skinny import add_product_, product
 
@@ -205,5 +205,5 @@ def shrink(
         return Shrunk([], [])
     if not dropout and (dtype or x.dtype) == x.dtype and decode.takes(x, [*experts, *routers]):
         return Shrunk(*decode.shrink_few(x, experts, routers))
-    parts = _Shrink.apply(_Options(len(experts), dtype or x.dtype, dropout, seed, left), x, *experts, *routers)
+    parts = apply(_Shrink, _Options(len(experts), dtype or x.dtype, dropout, seed, left), x, *experts, *routers)
     return Shrunk(list(parts[: len(experts)]), list(parts[len(experts) :]))

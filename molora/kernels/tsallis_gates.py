@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from molora.kernels.gates import means, new_sums, tile_shape
-from molora.kernels.launch import blocks
+from molora.kernels.launch import apply, blocks
 
 
 class _Options(NamedTuple):
@@ -160,5 +160,5 @@ def tsallis_gates(
         mask_losses,
         mask_entropy,
     )
-    gates, stats = _Tsallis.apply(logits.contiguous(), None if mask is None else mask.contiguous(), options)
+    gates, stats = apply(_Tsallis, logits.contiguous(), None if mask is None else mask.contiguous(), options)
     return gates, stats if with_stats else None
