@@ -16,7 +16,6 @@ from torch import Tensor
 from molora.kernels import launch
 from molora.kernels.launch import blocks, power_of_2
 from molora.kernels.ranks import gate_ranks_triton
-from molora.kernels.skinny import add_product_triton_
 
 MAX_TOKENS = 16
 """Above it, matrix units pay."""
@@ -105,6 +104,12 @@ def shrink_few(x: Tensor, experts: Sequence[Tensor], routers: Sequence[Tensor]) 
     return ranks, logits
 
 
+def _parts(ranks: Tensor) -> Tensor:
+    """(S, T, .), the parts of a sum; rows may be strided."""
+    ranks = ranks.unsqueeze(0) if ranks.dim() == 2 else ranks
+    return ranks if ranks.stride(2) == 1 else ranks.contiguous()
+
+
 def expand_few_(
     y: Tensor, ranks: Tensor, gates: Tensor | None, topk_ids: Tensor | None, B: Tensor, scaling: float
 ) -> Tensor:
@@ -120,8 +125,7 @@ def expand_few_(
     """
     from molora.kernels import decode_kernels
 
-    ranks = ranks.unsqueeze(0) if ranks.dim() == 2 else ranks
-    ranks = ranks if ranks.stride(2) == 1 else ranks.contiguous()
+    ranks = _parts(ranks)
     (splits, T, width), (C, N) = ranks.shape, B.shape
     G = 1 if gates is None else gates.shape[1]
     K = 0 if topk_ids is None or gates is None or topk_ids.shape[1] == G else topk_ids.shape[1]
@@ -155,7 +159,32 @@ def gated_few(ranks: Tensor, gates: Tensor | None, num_ranks: int, scaling: floa
     return gate_ranks_triton(ranks, gates, num_ranks, scaling, dtype)[0]
 
 
-def add_few_(y: Tensor, gated: Tensor, B: Tensor) -> Tensor:
-    """``y += gated B`` in place: y (..., N) contiguous, gated (T, C), B (C, N) contiguous, any float dtype."""
-    add_product_triton_(y.view(len(gated), -1), gated, B, tile=(16, 32 if B.shape[1] <= 4096 else 64, 128))
+def add_few_(y: Tensor, ranks: Tensor, gates: Tensor | None, B: Tensor, scaling: float) -> Tensor:
+    """`expand_few_` with all rows of B as one product, its ranks rounded to the dtype of y: bit for bit the same as of
+    what `gated_few` makes of these ranks, without gates and with a scaling of one."""
+    from molora.kernels import decode_kernels
+
+    ranks = _parts(ranks)
+    (splits, T, width), (C, N) = ranks.shape, B.shape
+    block_n = 32 if N <= 4096 else 64
+    decode_kernels.few_product_kernel[(blocks(N, block_n),)](
+        y,
+        ranks,
+        ranks if gates is None else gates.contiguous(),
+        B,
+        T,
+        N,
+        ranks.stride(1),
+        ranks.stride(0),
+        scaling,
+        SPLITS=splits,
+        C=C,
+        G=1 if gates is None else gates.shape[1],
+        SHARED=width != C,
+        GATED=gates is not None,
+        IEEE=y.dtype == torch.float32,
+        BLOCK_C=max(16, min(128, power_of_2(C))),
+        BLOCK_N=block_n,
+        num_warps=4,
+    )
     return y

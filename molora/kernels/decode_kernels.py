@@ -147,3 +147,40 @@ def few_expand_kernel(
     at = t.to(tl.int64) * N + n
     y = tl.load(y_ptr + at, n < N, 0.0).to(tl.float32) + total
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), n < N)
+
+
+@triton.jit(do_not_specialize=["T"])
+def few_product_kernel(
+    y_ptr,  # (T, N): read and written
+    ranks_ptr,  # (SPLITS, T, C or V) as above, any float
+    gates_ptr,  # (T, G) fp32
+    b_ptr,  # (C, N)
+    T, N, stride_ranks, stride_split, scaling, SPLITS: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
+    SHARED: tl.constexpr, GATED: tl.constexpr, IEEE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The same with all rows of B, by matrix units: the gated ranks are rounded to the dtype of y.
+
+    Grid: (blocks of N,); a program owns a block of features of all tokens.
+    """
+    t = tl.arange(0, 16)[:, None]
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    V: tl.constexpr = C // G
+    at, inside = t.to(tl.int64) * N + n, (t < T) & (n < N)
+    # y first: what waits for it is hidden by the products.
+    y = tl.load(y_ptr + at, inside, 0.0)
+    total = tl.zeros((16, BLOCK_N), tl.float32)
+    for start in tl.static_range(0, C, BLOCK_C):
+        row = start + tl.arange(0, BLOCK_C)[:, None]
+        b = tl.load(b_ptr + row.to(tl.int64) * N + n, (row < C) & (n < N), 0.0)
+        c = start + tl.arange(0, BLOCK_C)[None, :]
+        valid = (t < T) & (c < C)
+        from_ptr = ranks_ptr + t * stride_ranks + (c % V if SHARED else c)
+        value = tl.load(from_ptr, valid, 0.0).to(tl.float32)
+        for part in tl.static_range(1, SPLITS):
+            value += tl.load(from_ptr + part * stride_split, valid, 0.0).to(tl.float32)
+        value *= scaling
+        if GATED:
+            value *= tl.load(gates_ptr + t * G + c // V, valid, 0.0)
+        value = value.to(y_ptr.dtype.element_ty)
+        total = tl.dot(value, b.to(value.dtype), total, input_precision="ieee" if IEEE else "tf32")
+    tl.store(y_ptr + at, (y.to(tl.float32) + total).to(y_ptr.dtype.element_ty), inside)

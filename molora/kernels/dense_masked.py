@@ -86,9 +86,8 @@ def expand(
     if decode.takes(out, [B]):
         y, num_ranks = out if inplace else out.clone(), B.shape[0] * B.shape[1]
         if num_ranks <= decode.MAX_RANKS:
-            if gated is None:
-                gated = decode.gated_few(shrunk, gates, num_ranks, scaling, out.dtype)
-            return decode.add_few_(y, gated, B.flatten(0, 1))
+            ranks, gates, scaling = (shrunk, gates, scaling) if gated is None else (gated, None, 1.0)
+            return decode.add_few_(y, ranks, gates, B.flatten(0, 1), scaling)
         return decode.expand_few_(y, shrunk, gates, topk_ids, B.flatten(0, 1), scaling)
     if shrunk.dim() == 3:
         shrunk = shrunk.sum(0)
