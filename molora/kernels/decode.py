@@ -76,21 +76,24 @@ def shrink_few(x: Tensor, experts: Sequence[Tensor], routers: Sequence[Tensor]) 
     splits = blocks(D, chunk)
     for i in range(0, max(len(experts), len(routers)), _MAX_MATRICES):
         own = [list(m[i : i + _MAX_MATRICES]) for m in (experts, routers)]
-        sizes = [[len(m) for m in part] for part in own]
+        sizes = [[m.shape[0] for m in part] for part in own]
+        absent = [_MAX_MATRICES - len(part) for part in own]
         found = torch.empty(splits, T, sum(sizes[0]), dtype=torch.float32, device=x.device)
         routed = torch.empty(T, sum(sizes[1]), dtype=torch.float32, device=x.device)
-        padded = [part + [x] * (_MAX_MATRICES - len(part)) for part in own]
-        counts = [part + [0] * (_MAX_MATRICES - len(part)) for part in sizes]
-        names = dict(zip(("A0", "A1", "A2", "W0", "W1", "W2"), counts[0] + counts[1], strict=True))
         decode_kernels.few_shrink_kernel[(splits * sum(blocks(n, block_j) for n in sizes[0]) + sum(sizes[1]),)](
             x,
-            *padded[0],
-            *padded[1],
+            *own[0],
+            *[x] * absent[0],
+            *own[1],
+            *[x] * absent[1],
             found,
             routed,
             T,
-            D=D,
-            **names,
+            D,
+            *sizes[0],
+            *[0] * absent[0],
+            *sizes[1],
+            *[0] * absent[1],
             CHUNK=chunk,
             SPLITS=splits,
             BLOCK_T=block_t,
@@ -99,8 +102,8 @@ def shrink_few(x: Tensor, experts: Sequence[Tensor], routers: Sequence[Tensor]) 
             BLOCK_W=min(power_of_2(D), max(128, 8192 // block_t)),
             num_warps=4,
         )
-        ranks += found.split(sizes[0], 2)
-        logits += routed.split(sizes[1], 1)
+        ranks += found.split_with_sizes(sizes[0], 2)
+        logits += routed.split_with_sizes(sizes[1], 1)
     return ranks, logits
 
 
