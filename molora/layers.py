@@ -288,8 +288,8 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
     def has_whole_experts(self, adapter: str, part: str) -> bool:
         """Whether the expert parameters can be read outside of this layer's forward: not offloaded nor partitioned."""
         # Not by its name: ZeRO-3 gathers a parameter whose name is asked for, and lets go of it behind the next module.
-        (A,) = getattr(self, f"molora_A{part}")[adapter]._parameters.values()
-        return not (A.is_meta or A.numel() == 0 or hasattr(A, "ds_id"))
+        A = next(iter(getattr(self, f"molora_A{part}")[adapter]._parameters.values()), None)
+        return A is not None and not (A.is_meta or A.numel() == 0 or hasattr(A, "ds_id"))
 
     def drop(self, adapter: str, part: str, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The experts' input with dropout, or the input and what makes a kernel drop: probability and seed.

@@ -99,11 +99,12 @@ class MixedLinear(MoloraLayer):
         if aside:
             decode.join(x)
         for adapter in active:
-            do = decided.get(adapter) or self._decide(adapter, x, adapter in first)
+            what = decided.get(adapter) or self._decide(adapter, x, adapter in first)
             if adapter not in self.molora_U:
-                out = self._add(adapter, x, do, out, self.base_is_plain and is_fresh(out, x))
+                out = self._add(adapter, x, what, out, self.base_is_plain and is_fresh(out, x))
                 continue
-            mixed = self._add(adapter, x, do, out.new_zeros(*out.shape[:-1], do.experts.B.shape[2]), True)
+            onto = out.new_zeros(*out.shape[:-1], what.experts.B.shape[2])
+            mixed = self._add(adapter, x, what, onto, True)
             basis: Tensor = self.molora_U[adapter]()
             out = out + mixed @ basis[0].to(out.dtype)
         return out
@@ -151,13 +152,14 @@ class MixedLinear(MoloraLayer):
         return gate_rescaled(of_inputs, inputs, gates, experts, out)
 
     def _decide(self, adapter: str, x: Tensor, reads_first: bool, gates_too: bool = False) -> _Decided:
-        """What this linear adds, by its part of the pass over its input; with `gates_too` its gated ranks as well."""
+        """What this linear adds, by its part of the pass over its input; with `gates_too` the gated ranks as well."""
         read = self.molora_reads[adapter].part(self, adapter) if reads_first else NOTHING_READ
-        experts, routing, gated = read.experts or self.experts(adapter, ""), None, None
-        assert experts is not None
+        routing, gated = None, None
         if self.molora_specs[adapter][""].router is not None:
             owner = self if (shared := self.molora_shared.get(adapter)) is None else shared.owner
             routing = self.routing(adapter, x, read.logits.get(owner))  # type: ignore[arg-type]
+        experts = read.experts or self.experts(adapter, "")
+        assert experts is not None
         if gates_too and read.ranks is not None and not (routing is not None and routing.fuses):
             num_ranks, gates = experts.num_experts * experts.B.shape[1], None if routing is None else routing.gates
             if num_ranks <= decode.MAX_RANKS:
