@@ -100,7 +100,8 @@ class MixedFFN(MoloraLayer):
         assert spec.router is not None
         if self.by_projection[adapter] or self.structure.act_name is None or (spec.share_A and spec.num_experts > 1):
             return False
-        top_k = spec.router.num_chosen(spec.num_experts, spec.r) or spec.num_experts
+        steering = self.molora_runtime.current_inputs().steering  # may give a token any expert
+        top_k = spec.num_experts if steering else spec.router.num_chosen(spec.num_experts, spec.r) or spec.num_experts
         return selection.fuses_ffn(self.molora_runtime.kernel, x, spec.num_experts, top_k, spec.r) and all(
             self.has_whole_experts(adapter, part) for part in self.molora_specs[adapter]
         )

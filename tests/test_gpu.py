@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from test_kernels_ffn import FFN_CASES, FFN_SHAPES, ffn, ffn_leaves
 from tiny_models import PLACEMENTS, base_model, batch, config, train
 from torch import Tensor
 
+from molora import MoloraConfig
+from molora.context import runtime_of
 from molora.kernels import dense_masked, dense_masked_ffn, reference
+from molora.steering import TokenSteering
 
 pytestmark = pytest.mark.gpu
 
@@ -143,3 +147,29 @@ def test_generate_on_a_gpu():
     ids = torch.randint(3, 97, (2, 6), device="cuda")
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     assert out.shape == (2, 14)
+
+
+@pytest.mark.parametrize("preset", ["mixlora", "mixlora-dynamic"])
+def test_ffn_experts_of_a_presets_own_size_steered_and_not(preset: str) -> None:
+    """Eight experts of rank 16 for every token, as dynamic routing and steering have, are too large to be fused."""
+    torch.manual_seed(0)
+    model = get_peft_model(base_model(dtype=torch.bfloat16), MoloraConfig.from_preset(preset, init_lora_weights=False))
+    model = model.eval()
+    runtime, inner = runtime_of(model), model.get_base_model()
+    ids = torch.randint(3, 60, (1, 40))
+
+    def logits(wish: TokenSteering | None, device: str) -> Tensor:
+        def tell(*_: Any) -> None:
+            runtime.inputs.steering = wish and TokenSteering(*(part.to(device) for part in wish))
+
+        hook = inner.register_forward_pre_hook(tell)
+        with torch.no_grad():
+            found: Tensor = model.to(device)(input_ids=ids.to(device)).logits.float().cpu()
+        hook.remove()
+        return found
+
+    keep, add = torch.ones(40, 8), torch.zeros(40, 8)
+    keep[:, 2], add[:, 5] = 0.0, 0.25
+    for wish in (None, TokenSteering(keep, add)):
+        want, got = logits(wish, "cpu"), logits(wish, "cuda")
+        assert (got - want).norm() <= 0.05 * want.norm()

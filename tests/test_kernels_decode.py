@@ -71,6 +71,8 @@ SHRINKS = [
     (3, 600, FP16, FP16),
     (8, 33, FP16, FP16),
     (16, 33, FP32, FP32),
+    (33, 600, FP16, FP16),
+    (64, 70, FP16, FP32),
 ]
 
 
@@ -124,7 +126,7 @@ def expanded(y: Tensor, shrunk: Tensor, gates: Tensor | None, B: Tensor) -> Tens
     return oracle_linear(inputs[0], inputs[1], A, inputs[2], inputs[3]).to(DEVICE)
 
 
-@pytest.mark.parametrize(("name", "T"), [*itertools.product(GATING, [1, 3]), ("odd", 16), ("shared-A", 8)])
+@pytest.mark.parametrize(("name", "T"), [*itertools.product(GATING, [1, 3]), ("odd", 16), ("odd", 40), ("shared-A", 8)])
 @pytest.mark.usefixtures("poison_empty")
 def test_expand_few(name: str, T: int) -> None:
     for dtype, B_dtype in ((FP32, FP32), (FP16, FP32), (FP16, FP16)) if T == 1 else ((FP16, FP32),):
@@ -171,7 +173,7 @@ def test_ranks_may_come_in_parts_of_a_sum(
 
 
 @pytest.mark.parametrize(("dtype", "B_dtype"), [(FP32, FP32), (FP16, FP32), (FP16, FP16), (FP32, FP16)])
-@pytest.mark.parametrize(("T", "C", "N"), [(1, 5, 33), (16, 64, 64), (7, 136, 70)])
+@pytest.mark.parametrize(("T", "C", "N"), [(1, 5, 33), (16, 64, 64), (7, 136, 70), (50, 40, 70)])
 @pytest.mark.usefixtures("poison_empty", "triton_on_cpu")
 def test_gated_ranks_times_all_rows(T: int, C: int, N: int, dtype: torch.dtype, B_dtype: torch.dtype) -> None:
     y, shrunk = torch.randn(T, N, device=DEVICE).to(dtype), torch.randn(2, T, C, device=DEVICE)
@@ -212,7 +214,7 @@ def test_what_takes_refuses(request: pytest.FixtureRequest) -> None:
     assert not decode.takes(x, [m])  # on a CPU
     request.getfixturevalue("triton_on_cpu")
     assert decode.takes(x, [m]) and decode.takes(x[0, 0], [m, m]) and decode.takes(x, [])
-    assert not decode.takes(torch.randn(17, 6), [m])
+    assert not decode.takes(torch.randn(65, 6), [m])
     assert not decode.takes(x[:, :0], [m])
     assert not decode.takes(x.transpose(0, 1), [m]) and not decode.takes(x[..., ::2], [m[:, :3].contiguous()])
     assert not decode.takes(x, [m, m.T.contiguous().T])
@@ -241,7 +243,7 @@ def test_a_mixture_without_gradients_is_that_with_them(
 
 
 def test_what_the_decode_kernels_cannot_do_goes_the_other_way(launches: list[str]) -> None:
-    leaves = {n: t.detach().to(DEVICE) for n, t in linear_leaves(Case(T=17), FP32).items()}
+    leaves = {n: t.detach().to(DEVICE) for n, t in linear_leaves(Case(T=65), FP32).items()}
     linear(dense_masked.mixture_linear, leaves)
     few = leaves | {n: leaves[n][:3] for n in ("x", "out", "gates")}
     linear(dense_masked.mixture_linear, few, dropout=0.1)

@@ -342,3 +342,29 @@ def test_a_cuda_graph_follows_the_routing() -> None:
         graph.replay()
         want = step()
         assert all(torch.equal(captured[n], want[n]) for n in want)
+
+
+def test_only_what_fits_into_shared_memory_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readings of an H100, which has 232,448 bytes for a program: what ran there, and what did not."""
+    monkeypatch.setattr(module, "_shared_memory", lambda device: 232448)
+    device = torch.device("cuda")
+    for num_experts, top_k, r in ((8, 2, 16), (8, 2, 64), (4, 4, 16), (3, 1, 32)):
+        assert module.fits(device, num_experts, top_k, r)
+    for num_experts, top_k, r in ((8, 8, 16), (8, 8, 8), (8, 4, 32), (8, 2, 65), (64, 32, 1)):
+        assert not module.fits(device, num_experts, top_k, r)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("E", "K", "R"), [(8, 2, 64), (4, 4, 16), (8, 3, 16), (16, 1, 64), (5, 5, 3)])
+def test_what_fits_runs_forward_and_backward(E: int, K: int, R: int) -> None:
+    T, F = 70, 512
+    assert module.fits(torch.device("cuda", 0), E, K, R)
+    make = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    ups, A = [torch.randn(E, R, F, **make) for _ in range(2)], torch.randn(E, R, F, **make)
+    shrunk = [torch.randn(T, E * R, **make) for _ in range(2)]
+    pre, gates = [torch.randn(T, F, **make) for _ in range(2)], torch.rand(T, E, device="cuda", requires_grad=True)
+    ids = None if K == E else torch.rand(T, E, device="cuda").topk(K).indices
+    hidden, ranks = fused_ffn(pre, shrunk, ups, A, gates, ids, Plan("silu", True, (1.0, 1.0, 1.0)))
+    assert ranks is not None
+    (hidden.float().sum() + ranks.float().sum()).backward()
+    assert all(t.grad is not None and bool(t.grad.isfinite().all()) for t in (*ups, A, *shrunk, *pre, gates))

@@ -17,8 +17,8 @@ from molora.kernels import launch
 from molora.kernels.launch import blocks, power_of_2
 from molora.kernels.ranks import gate_ranks_triton
 
-MAX_TOKENS = 16
-"""Above it, matrix units pay."""
+MAX_TOKENS = 64
+"""A program holds all tokens; above it their number is what costs, not launches."""
 MAX_RANKS = 256
 """Up to so many ranks of all experts, their product as a whole is quicker than a choice of rows."""
 _MAX_MATRICES = 3
@@ -69,7 +69,7 @@ def shrink_few(x: Tensor, experts: Sequence[Tensor], routers: Sequence[Tensor]) 
     T, D = x.shape[:-1].numel(), x.shape[-1]
     ranks: list[Tensor] = []
     logits: list[Tensor] = []
-    block_t = power_of_2(T)
+    block_t, tile_t = power_of_2(T), min(T, 2)
     # One token: two rows of a few thousand features. Several: 16 rows by matrix units, of so many features that all
     # multiprocessors have some.
     block_j, chunk = (2, 4096) if T == 1 else (16, 512)
@@ -80,7 +80,9 @@ def shrink_few(x: Tensor, experts: Sequence[Tensor], routers: Sequence[Tensor]) 
         absent = [_MAX_MATRICES - len(part) for part in own]
         found = torch.empty(splits, T, sum(sizes[0]), dtype=torch.float32, device=x.device)
         routed = torch.empty(T, sum(sizes[1]), dtype=torch.float32, device=x.device)
-        decode_kernels.few_shrink_kernel[(splits * sum(blocks(n, block_j) for n in sizes[0]) + sum(sizes[1]),)](
+        decode_kernels.few_shrink_kernel[
+            (splits * sum(blocks(n, block_j) for n in sizes[0]) + sum(sizes[1]) * blocks(T, tile_t),)
+        ](
             x,
             *own[0],
             *[x] * absent[0],
@@ -99,7 +101,9 @@ def shrink_few(x: Tensor, experts: Sequence[Tensor], routers: Sequence[Tensor]) 
             BLOCK_T=block_t,
             BLOCK_J=block_j,
             BLOCK_D=min(power_of_2(D), 2048),
-            BLOCK_W=min(power_of_2(D), max(128, 8192 // block_t)),
+            BLOCK_W=min(power_of_2(D), 8192 // tile_t),
+            TILE_T=tile_t,
+            TILES=blocks(T, tile_t),
             num_warps=4,
         )
         ranks += found.split_with_sizes(sizes[0], 2)
@@ -186,6 +190,7 @@ def add_few_(y: Tensor, ranks: Tensor, gates: Tensor | None, B: Tensor, scaling:
         SHARED=width != C,
         GATED=gates is not None,
         IEEE=y.dtype == torch.float32,
+        BLOCK_T=max(16, power_of_2(T)),
         BLOCK_C=max(16, min(128, power_of_2(C))),
         BLOCK_N=block_n,
         num_warps=4,

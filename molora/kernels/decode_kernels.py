@@ -33,12 +33,15 @@ def _rows_times_x(
 
 
 @triton.jit
-def _rows_dot_x(x_ptr, m_ptr, out_ptr, block, begin, end, T, rows, stride_out, D: tl.constexpr, BLOCK_J: tl.constexpr):
+def _rows_dot_x(
+    x_ptr, m_ptr, out_ptr, block, begin, end, T, rows, stride_out, D: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):  # fmt: skip
     """The same by matrix units, for several tokens."""
-    t = tl.arange(0, 16)
+    t = tl.arange(0, BLOCK_T)
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     d = tl.arange(0, 128)
-    total = tl.zeros((16, BLOCK_J), tl.float32)
+    total = tl.zeros((BLOCK_T, BLOCK_J), tl.float32)
     for start in range(begin, end, 128):
         inside = start + d < end
         x = tl.load(x_ptr + t[:, None] * D + (start + d)[None, :], (t < T)[:, None] & inside[None, :], 0.0)
@@ -61,7 +64,7 @@ def _experts_rows(
     if BLOCK_T == 1:
         _rows_times_x(x_ptr, m_ptr, out_ptr, block, begin, end, T, rows, A, D, BLOCK_T, BLOCK_J, BLOCK_D)
     else:
-        _rows_dot_x(x_ptr, m_ptr, out_ptr, block, begin, end, T, rows, A, D, BLOCK_J)
+        _rows_dot_x(x_ptr, m_ptr, out_ptr, block, begin, end, T, rows, A, D, max(16, BLOCK_T), BLOCK_J)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -73,12 +76,13 @@ def few_shrink_kernel(
     logits_ptr,  # (T, sum of rows) fp32 out
     T, D: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
     W2: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, TILE_T: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """``x M^T`` for up to three matrices of experts and three of routers, A0 to W2 their rows (0: absent), in fp32.
 
-    Grid: (blocks of rows of the experts times SPLITS, then single rows of the routers). A program owns a block of rows
-    of one matrix and a chunk of the features, for all tokens; who reads the ranks adds the chunks. Logits are whole.
+    Grid: (blocks of rows of the experts times SPLITS, then single rows of the routers times TILES). A program owns a
+    block of rows of one matrix and a chunk of the features, for all tokens; who reads the ranks adds the chunks. Logits
+    are whole, a program's for TILE_T tokens.
     """
     E0: tl.constexpr = tl.cdiv(A0, BLOCK_J) * SPLITS
     E1: tl.constexpr = E0 + tl.cdiv(A1, BLOCK_J) * SPLITS
@@ -97,13 +101,15 @@ def few_shrink_kernel(
             x_ptr, a2_ptr, ranks_ptr + A0 + A1, program - E1, T, A2, A, D, CHUNK, SPLITS, BLOCK_T, BLOCK_J, BLOCK_D
         )
     else:
-        row = program - E2
+        # Few tokens for each program: one alone would read all of them, long after the others are over.
+        tile, row = (program - E2) % TILES * TILE_T, (program - E2) // TILES
+        x_ptr, logits_ptr, T = x_ptr + tile * D, logits_ptr + tile * W, T - tile
         if row < W0:
-            _rows_times_x(x_ptr, w0_ptr, logits_ptr, row, 0, D, T, W0, W, D, BLOCK_T, 1, BLOCK_W)
+            _rows_times_x(x_ptr, w0_ptr, logits_ptr, row, 0, D, T, W0, W, D, TILE_T, 1, BLOCK_W)
         elif row < W0 + W1:
-            _rows_times_x(x_ptr, w1_ptr, logits_ptr + W0, row - W0, 0, D, T, W1, W, D, BLOCK_T, 1, BLOCK_W)
+            _rows_times_x(x_ptr, w1_ptr, logits_ptr + W0, row - W0, 0, D, T, W1, W, D, TILE_T, 1, BLOCK_W)
         else:
-            _rows_times_x(x_ptr, w2_ptr, logits_ptr + W0 + W1, row - W0 - W1, 0, D, T, W2, W, D, BLOCK_T, 1, BLOCK_W)
+            _rows_times_x(x_ptr, w2_ptr, logits_ptr + W0 + W1, row - W0 - W1, 0, D, T, W2, W, D, TILE_T, 1, BLOCK_W)
 
 
 @triton.jit
@@ -156,19 +162,20 @@ def few_product_kernel(
     gates_ptr,  # (T, G) fp32
     b_ptr,  # (C, N)
     T, N, stride_ranks, stride_split, scaling, SPLITS: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
-    SHARED: tl.constexpr, GATED: tl.constexpr, IEEE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHARED: tl.constexpr, GATED: tl.constexpr, IEEE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The same with all rows of B, by matrix units: the gated ranks are rounded to the dtype of y.
 
     Grid: (blocks of N,); a program owns a block of features of all tokens.
     """
-    t = tl.arange(0, 16)[:, None]
+    t = tl.arange(0, BLOCK_T)[:, None]
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     V: tl.constexpr = C // G
     at, inside = t.to(tl.int64) * N + n, (t < T) & (n < N)
     # y first: what waits for it is hidden by the products.
     y = tl.load(y_ptr + at, inside, 0.0)
-    total = tl.zeros((16, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for start in tl.static_range(0, C, BLOCK_C):
         row = start + tl.arange(0, BLOCK_C)[:, None]
         b = tl.load(b_ptr + row.to(tl.int64) * N + n, (row < C) & (n < N), 0.0)

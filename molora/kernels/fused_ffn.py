@@ -7,6 +7,7 @@ Legend in `fused_ffn_kernels.py`. The reference is `reference.mixture_ffn`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ MAX_SETS = 1024
 """Sets of experts that a token can choose: each begins a block of its own, so many sets leave blocks empty."""
 MAX_RANK = 64
 BLOCK_T = 64
+_SLOT_BYTES, _FIXED_BYTES = 384, 288
+"""Shared memory that the forward kernel took on an H100, for each rank of all slots: for each slot, and beside them."""
 OPTIONS = {
     "fwd": {"BLOCK_F": 32, "num_warps": 4, "num_stages": 2, "maxnreg": 168},
     "rows": {"BLOCK_F": 16, "num_warps": 4, "num_stages": 2, "maxnreg": 168},
@@ -46,6 +49,22 @@ class Plan(NamedTuple):
 def num_sets(num_experts: int, top_k: int) -> int:
     """How many keys the sets of `top_k` of `num_experts` are given."""
     return 1 if top_k == num_experts else min(num_experts**top_k, 2**num_experts)
+
+
+def fits(device: torch.device, num_experts: int, top_k: int, r: int) -> bool:
+    """Whether the kernels can take experts of this kind: they hold the ranks of all slots in shared memory at once."""
+    if r > MAX_RANK or num_sets(num_experts, top_k) > MAX_SETS:
+        return False
+    ranks = power_of_2(top_k) * max(16, power_of_2(r))
+    return ranks * (_SLOT_BYTES * top_k + _FIXED_BYTES) <= _shared_memory(device)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have; Triton's interpreter has no bound."""
+    if device.type != "cuda":
+        return 2**62
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def _keys(ids: Tensor, num_experts: int) -> Tensor:

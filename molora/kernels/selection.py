@@ -165,7 +165,7 @@ def fuses_ffn(kernel: str | None, x: Tensor, num_experts: int, top_k: int, r: in
     """Whether the middle of an FFN mixture runs as `fused_ffn`."""
     if requested(kernel) == "reference" or not reads_first(x):
         return False
-    return r <= fused_ffn.MAX_RANK and fused_ffn.num_sets(num_experts, top_k) <= fused_ffn.MAX_SETS
+    return fused_ffn.fits(x.device, num_experts, top_k, r)
 
 
 def mixture_linear(
