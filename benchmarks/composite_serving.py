@@ -9,8 +9,8 @@ prompts are also asked alone. For each answer: is it right (the greedy text, als
 and which expert has the largest share, summed over its tokens (`routed_experts`)? That expert predicts the task; the
 same against shuffled labels is the control. Systems: four LoRAs behind arrow, centroids, or gates trained for 100 steps
 (PHATGOOSE, MeteoRA); oracle choice, which names the right expert as `model` of the same server; one merged LoRA
-(uniform average, TIES); one LoRA trained on all tasks for as many steps as the four together. What is made is kept
-under --out (LoRAs in --out/loras are taken as they are). --tuning asks other rows than those that are reported, to
+(uniform average, TIES); one LoRA trained on all tasks, on as many rows as the four together, in batches four times as
+large. What is made is kept under --out (LoRAs in --out/loras are taken as they are). --tuning asks other rows than those that are reported, to
 choose settings by. --keep writes results/composite_serving.json beside itself.
 """
 
@@ -152,7 +152,8 @@ def model_arguments(name: str, options: Any, paths: dict[str, str], tokenizer: A
     out = options.out / "served" / re.sub("[^a-z0-9]+", "_", name)
     if not (out / "results.json").is_file() and name in RANKS:
         recipe = recipe_of(options, TASKS, mixture=None, lora={**LORA, "r": RANKS[name], "lora_alpha": 2 * RANKS[name]})
-        training = {"max_steps": len(TASKS) * options.steps, "output_dir": str(out)}
+        rows = len(TASKS) * options.train_batch_size
+        training = {"per_device_train_batch_size": rows, "output_dir": str(out)}
         train(replace(recipe, training={**recipe.training, **training}))
     elif not (out / "adapter_config.json").is_file():
         model = systems(options, paths, tokenizer)[name](load_base(options.base, dtype=options.dtype).eval())

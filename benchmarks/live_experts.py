@@ -1,6 +1,6 @@
 """Do answers go on while experts are added to the model that writes them?
 
-    python benchmarks/live_experts.py [--experts 64] [--streams 8] [--keep] [--tiny]
+    python benchmarks/live_experts.py [--experts 64] [--streams 8] [--layers 32] [--keep] [--tiny]
 
 A Llama of 8B shape with random weights and four random LoRAs (rank 16, all linears) behind an arrow router is served,
 eager. A client of another process keeps so many streams busy while nothing else happens ("before"), while the experts
@@ -88,7 +88,7 @@ def phase(url: str, engine: Any, options: Any, tokens: int, work: Callable[[], A
 
 
 def measure(options: Any) -> dict[str, Any]:
-    shape = dataclasses.replace(TINY, vocab=2048) if options.tiny else dataclasses.replace(LLAMA_8B, layers=32)
+    shape = dataclasses.replace(TINY, vocab=2048) if options.tiny else dataclasses.replace(LLAMA_8B, layers=options.layers)
     tokens = 16 if options.tiny else 64
     took: list[float] = []
     with tempfile.TemporaryDirectory() as name:
@@ -142,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=15.0, help="of the phases before and after")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--keep", action="store_true")
@@ -149,7 +150,7 @@ def main() -> None:
     began = time.perf_counter()
     found = measure(options)
     command = f"python benchmarks/live_experts.py --experts {options.experts} --streams {options.streams}"
-    command += " --tiny" * options.tiny + " --keep"
+    command += f" --layers {options.layers}" * (options.layers != 32) + " --tiny" * options.tiny + " --keep"
     result = {"schema": SCHEMA, "command": command, **environment(), **found, "bars": bars(found["phases"])}
     result["seconds"] = time.perf_counter() - began
     print(json.dumps(result, indent=1))
