@@ -10,8 +10,8 @@ and which expert has the largest share, summed over its tokens (`routed_experts`
 same against shuffled labels is the control. Systems: four LoRAs behind arrow, centroids, or gates trained for 100 steps
 (PHATGOOSE, MeteoRA); oracle choice, which names the right expert as `model` of the same server; one merged LoRA
 (uniform average, TIES); one LoRA trained on all tasks, on as many rows as the four together, in batches four times as
-large. What is made is kept under --out (LoRAs in --out/loras are taken as they are). --tuning asks other rows than those that are reported, to
-choose settings by. --keep writes results/composite_serving.json beside itself.
+large. What is made is kept under --out (LoRAs in --out/loras are taken as they are). --tuning asks other rows than
+those that are reported, to choose settings by. --keep writes results/composite_serving.json beside itself.
 """
 
 from __future__ import annotations

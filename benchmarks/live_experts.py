@@ -88,7 +88,8 @@ def phase(url: str, engine: Any, options: Any, tokens: int, work: Callable[[], A
 
 
 def measure(options: Any) -> dict[str, Any]:
-    shape = dataclasses.replace(TINY, vocab=2048) if options.tiny else dataclasses.replace(LLAMA_8B, layers=options.layers)
+    tiny = dataclasses.replace(TINY, vocab=2048)
+    shape = tiny if options.tiny else dataclasses.replace(LLAMA_8B, layers=options.layers)
     tokens = 16 if options.tiny else 64
     took: list[float] = []
     with tempfile.TemporaryDirectory() as name:
