@@ -253,7 +253,8 @@ def main() -> None:
         return worker(options)
     from molora.eval.results import SCHEMA, environment, write_json
 
-    began, rows = time.perf_counter(), []
+    began = time.perf_counter()
+    result: dict[str, Any] = {"schema": SCHEMA, "command": sys.argv, **environment(), "seed": 0, "rows": [], "bars": []}
     with tempfile.TemporaryDirectory() as folder:
         for group in cells(options):
             if time.perf_counter() - began > options.seconds:
@@ -264,14 +265,14 @@ def main() -> None:
             for (process, out), cell in zip(running, group, strict=True):
                 process.wait()
                 if out.is_file():
-                    rows.append(json.loads(out.read_text(encoding="utf-8")))
-                    print(json.dumps(rows[-1]), f"at {time.perf_counter() - began:.0f} s", flush=True)
+                    result["rows"].append(json.loads(out.read_text(encoding="utf-8")))
+                    print(json.dumps(result["rows"][-1]), f"at {time.perf_counter() - began:.0f} s", flush=True)
                 else:
                     print(cell, "failed:", out.with_suffix(".log").read_text()[-3000:], flush=True)
-    result = {"schema": SCHEMA, "command": sys.argv, **environment(), "seed": 0, "rows": rows, "bars": bars(rows)}
+            result["bars"] = bars(result["rows"])
+            if options.keep:  # after each group: a run that is cut off leaves what it has
+                write_json(options.out, result)
     print(json.dumps(result["bars"], indent=1))
-    if options.keep:
-        write_json(options.out, result)
     return None
 
 

@@ -119,6 +119,14 @@ def vllm() -> str:
     return rows(head, *body)
 
 
+def serve() -> str:
+    body = []
+    for row in read("serve")["rows"]:
+        times = [f"{row[key]:.1f}" for key in ("median_ms", "p99_ms", "first_token_ms")]
+        body.append([row["name"], *times, f"{row['tokens_per_second']:,.0f}"])
+    return rows(["", "ms between tokens", "99 %", "ms to the first", "tokens/s"], *body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "bars": bars,
     "bars-short": bars_short,
@@ -127,4 +135,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "where-time-goes": where_time_goes,
     "backends": backends,
     "vllm": vllm,
+    "serve": serve,
 }

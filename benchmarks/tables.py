@@ -21,7 +21,7 @@ from speed_tables import rows
 from training_tables import TABLES as TRAINING_TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
-_PAGES = ("results", "kernels", "decisions/vllm", "multi-node", "recipes")
+_PAGES = ("results", "kernels", "decisions/vllm", "multi-node", "recipes", "serving")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in _PAGES))
 SEEDS = (0, 1, 2)
 COLUMNS = {"base": "base", "lora": "one LoRA", "mixture": "mixture"}

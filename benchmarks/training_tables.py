@@ -11,12 +11,16 @@ from speed_tables import rows
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # In the order in which they were run.
-SCALE = ("scale", "scale_two_gpus_zero2", "scale_two_gpus_zero3")
+SCALE = ("scale", "scale_two_gpus_zero2", "scale_two_gpus_zero3", "scale_four_gpus_zero3", "scale_four_gpus_zero2")
 
 
 def read(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return found
+
+
+def _run(run: dict[str, Any]) -> str:
+    return f"{run['device'].split()[1]}, {run['commit'][:7]}"
 
 
 def scale() -> str:
@@ -27,8 +31,8 @@ def scale() -> str:
             step = f"{row['median_ms']:.0f} ({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
             speed = [f"{row['tokens_per_second_per_gpu']:.0f}", f"{row['mfu']:.1%}"]
             cells = [row["subject"], f"ZeRO-{row['stage']}", str(row["gpus"]), step, *speed]
-            body.append([*cells, f"{row['peak_bytes'] / 2**30:.1f}", run["commit"][:7]])
-    head = ["", "engine", "GPUs", "step, ms (20 to 80 %)", "tokens/s a GPU", "MFU", "peak GiB", "commit"]
+            body.append([*cells, f"{row['peak_bytes'] / 2**30:.1f}", _run(run)])
+    head = ["", "engine", "GPUs", "step, ms (20 to 80 %)", "tokens/s a GPU", "MFU", "peak GiB", "run"]
     return rows(head, *body)
 
 
@@ -37,12 +41,12 @@ def scale_bars() -> str:
     for run in map(read, SCALE):
         for bar in run["bars"]:
             state = "yes" if bar["holds"] else "**no**"
-            body.append([bar["name"], f"{bar['value']:.3f}", f"{bar['limit']:.2f}", state, run["commit"][:7]])
-    return rows(["", "measured", "limit", "holds", "commit"], *body)
+            body.append([bar["name"], f"{bar['value']:.3f}", f"{bar['limit']:.2f}", state, _run(run)])
+    return rows(["", "measured", "limit", "holds", "run"], *body)
 
 
 def quantized() -> str:
-    found = read("quantized-nvidia-h200")
+    found = read("quantized-nvidia-h100-80gb-hbm3")
     peer = found["rows"][0]
     body = []
     for row in found["rows"]:
@@ -54,4 +58,18 @@ def quantized() -> str:
     return rows(head, *body)
 
 
-TABLES: dict[str, Callable[[], str]] = {"scale": scale, "scale-bars": scale_bars, "quantized": quantized}
+def memory_estimate() -> str:
+    body = []
+    for row in read("memory_estimate-nvidia-h100-80gb-hbm3")["rows"]:
+        estimated, measured = row["estimated_bytes"], row["measured_bytes"]
+        sizes = [f"{size / 2**20:,.0f}" for size in (estimated, measured)]
+        body.append([row["name"], *sizes, f"{estimated / measured - 1:+.1%}"])
+    return rows(["mixture, layers x width, lines x tokens", "estimated MiB", "measured MiB", "error"], *body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "scale": scale,
+    "scale-bars": scale_bars,
+    "quantized": quantized,
+    "memory-estimate": memory_estimate,
+}

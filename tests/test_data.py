@@ -240,9 +240,13 @@ def test_an_empty_file_is_named(tmp_path: Path) -> None:
         ("l.jsonl", b"[1]\n[2]\n", r"l.jsonl, row 1: a row must be a JSON object, got \[1\]"),
         ("b.csv", b"q,a\nx,y\nx,y,z\n", "b.csv.*Expected 2 fields in line 3, saw 3"),
         ("b.jsonl.gz", b"abc", r"b.jsonl.gz: Not a gzipped file"),
-        ("c.jsonl.gz", gzip.compress(b'{"q":"a","a":"b"}\n' * 99)[:-12], r"c.jsonl.gz: Compressed file ended before"),
-        ("c.txt.gz", gzip.compress(b"a=b\n" * 99)[:-12], r"c.txt.gz: Compressed file ended before"),
-        ("c.csv.gz", gzip.compress(b"q,a\n" * 99)[:-12], r"c.csv.gz: Compressed file ended before"),
+        (
+            "c.jsonl.gz",
+            gzip.compress(b'{"q":"a","a":"b"}\n' * 99, mtime=0)[:-12],
+            r"c.jsonl.gz: Compressed file ended before",
+        ),
+        ("c.txt.gz", gzip.compress(b"a=b\n" * 99, mtime=0)[:-12], r"c.txt.gz: Compressed file ended before"),
+        ("c.csv.gz", gzip.compress(b"q,a\n" * 99, mtime=0)[:-12], r"c.csv.gz: Compressed file ended before"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_its_row(name: str, data: bytes, message: str, tmp_path: Path) -> None:
@@ -264,10 +268,10 @@ def test_tab_separated_text_stays_text(tmp_path: Path) -> None:
 
 def test_lines_are_parsed_by_named_groups(tmp_path: Path) -> None:
     path = tmp_path / "scan.txt.gz"
-    path.write_bytes(gzip.compress(b"IN: jump twice OUT: I_JUMP I_JUMP\nIN: look OUT: I_LOOK\n"))
+    path.write_bytes(gzip.compress(b"IN: jump twice OUT: I_JUMP I_JUMP\nIN: look OUT: I_LOOK\n", mtime=0))
     parsed = task(str(path), parse="IN: (?P<q>.*) OUT: (?P<a>.*)", replace={"I_JUMP": "J", "I_LOOK": "K"})
     assert load_rows(parsed).to_list() == [{"q": "jump twice", "a": "J J"}, {"q": "look", "a": "K"}]
-    path.write_bytes(gzip.compress(b"IN: look OUT: I_LOOK\nOUT\n"))
+    path.write_bytes(gzip.compress(b"IN: look OUT: I_LOOK\nOUT\n", mtime=0))
     with pytest.raises(ValueError, match="1 of 2 lines do not match parse, the first is 'OUT'"):
         load_rows(parsed)
 
