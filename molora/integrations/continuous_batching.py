@@ -136,6 +136,7 @@ def around_forwards(manager: ContinuousBatchingManager, begin: Callable[[], Hash
         size = batch._get_graph_key
         batch._get_graph_key = lambda: (*size(), kind[0])
         processor.warmup(manager.model)
+        _capture_prompts(processor, manager.model)
         return processor
 
     def stepped() -> None:
@@ -144,6 +145,17 @@ def around_forwards(manager: ContinuousBatchingManager, begin: Callable[[], Hash
         end()
 
     manager._create_batch_processor, manager._generation_step = created, stepped
+
+
+@torch.no_grad()
+def _capture_prompts(processor: Any, model: Any) -> None:
+    """Captures batches with prompts, of each number of tokens that they are padded to: the warm-up knows the largest
+    alone, and with the others those that wait first would wait for a capture each time."""
+    runner, config = processor.model_runner, processor.cb_config
+    if runner.pad_inputs:
+        for tokens in range(config.q_padding_interval_size, config.max_batch_tokens, config.q_padding_interval_size):
+            runner.run_one_warmup(model, num_q_tokens=tokens, max_kv_read=1)
+        runner.cache.reset()
 
 
 def fatal_error(manager: ContinuousBatchingManager) -> str | None:

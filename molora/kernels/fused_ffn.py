@@ -64,7 +64,8 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes that one program may have; Triton's interpreter has no bound."""
     if device.type != "cuda":
         return 2**62
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stubs lack what it has
+    return int(properties.shared_memory_per_block_optin)
 
 
 def _keys(ids: Tensor, num_experts: int) -> Tensor:
