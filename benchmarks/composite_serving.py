@@ -99,7 +99,7 @@ def served(*arguments: str) -> Iterator[httpx.Client]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "molora_cli", "serve", *arguments, "--port", port, "--eager"]
+    command = [sys.executable, "-m", "molora_cli", "serve", *arguments, "--port", port]
     process = subprocess.Popen([*command, "--served-model-name", "mixture"], stderr=subprocess.DEVNULL)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as http:
