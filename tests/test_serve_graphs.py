@@ -15,6 +15,7 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from molora.serve.engine import Engine
 from molora.serve.limits import Limits
 from molora.serve.steering import Steering
+from molora.serve.tracing import Tracer
 
 
 def mixture(device: str = "cpu") -> Any:
@@ -52,6 +53,20 @@ def test_every_size_is_captured_before_the_first_request(monkeypatch: pytest.Mon
     assert [tokens for tokens, _, _ in found] == want
     assert len(at_start) == 4 and set(sizes) <= set(at_start)
     assert {size[0] for size in at_start} == {64, 128, 192, 256}
+
+
+def test_the_names_of_the_routers_are_whole_while_a_forward_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer is written down on another thread than the one that traces the next token."""
+    model, seen, add = mixture(), list[int](), Tracer.add
+
+    def noted(self: Tracer, *args: Any) -> None:
+        add(self, *args)
+        seen.append(len(self.router_names))
+
+    monkeypatch.setattr(Tracer, "add", noted)
+    ((_, routing, _),) = answers(engine(model), [greedy([5, 9, 14], 4, traced=True)])
+    routers = len(routing[0].gates)
+    assert seen == [0] * routers + [routers] * 3 * routers and routers > 1
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from molora.assets import MOLORA_TINY
+from molora.serve.events import _event
 from molora.serve.page import page_response
 from molora.serve.text import TextStream
 
@@ -59,6 +61,12 @@ def test_a_token_is_held_back_whole_where_a_stop_string_may_begin() -> None:
     first, second = ([token] for token in TOKENIZER("AB", add_special_tokens=False)["input_ids"])
     stream = TextStream(TOKENIZER, [], ["BC"])
     assert [stream.push(first), stream.push(second), stream.push(first)] == [["A"], [], ["B", "A"]]
+
+
+def test_an_event_is_one_line_for_whoever_splits_lines() -> None:
+    text = "a\u2028b\u2029c\x85d\u00e9\n"
+    line, *rest = _event({"text": text}).splitlines()
+    assert json.loads(line.removeprefix("data: ")) == {"text": text} and rest == [""]
 
 
 def test_the_policy_lets_only_the_page_itself_run(tmp_path: Path) -> None:

@@ -106,4 +106,5 @@ async def _merged(answers: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[tu
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    # ASCII: clients split lines at U+0085, U+2028 and U+2029 too.
+    return f"data: {json.dumps(data)}\n\n"

@@ -56,7 +56,10 @@ class Tracer:
         self._steered: dict[str, Steering] = {}
         self._traced: dict[str, int] = {}
         self._told: TokenSteering | None = None
+        self.router_names: list[str] = []
+        """The routers in the order of `TokenRouting.gates`; known after the first traced forward."""
         self._names: list[str] = []
+        """Those that the forward that runs has come by."""
         self._rows: Tensor | None = None
         self._gates = torch.zeros(0, 0, 0)
         """(requests, routers, G) of the last traced forward, in the order of its new tokens."""
@@ -86,11 +89,6 @@ class Tracer:
         ):
             return []
         return list(own.expert_names or map(str, range(own.num_experts)))
-
-    @property
-    def router_names(self) -> list[str]:
-        """The routers in the order of `TokenRouting.gates`; known after the first traced forward."""
-        return self._names
 
     def begin(self, request: str, traced: bool, steering: Steering | None) -> None:
         if traced:
@@ -168,12 +166,13 @@ class Tracer:
     def _after(self, module: Any, args: Any, output: Any) -> None:
         if self.runtime is not None and self.runtime.recorder is self:
             self.runtime.recorder = self._rows = None
+            self.router_names = self._names
 
     def _end(self) -> None:
         """Hands out what a traced forward has left."""
         if not self._traced:
             return
-        gates = self._gates[list(self._traced.values()), : len(self._names)].cpu()  # (tokens, routers, G)
+        gates = self._gates[list(self._traced.values()), : len(self.router_names)].cpu()  # (tokens, routers, G)
         shares = (gates / gates.sum(2, keepdim=True).clamp(min=1e-20)).mean(1)
         experts = tuple(self.expert_names or map(str, range(gates.shape[2])))
         for name, own, share in zip(self._traced, gates, shares, strict=True):
