@@ -161,10 +161,12 @@ class Engine:
         For a thread, not an event loop.
         """
         with self.manager.pause():
-            yield
-            drop_graphs(self.manager)
-            if self.model.device.type == "cuda":
-                torch.cuda.synchronize(self.model.device)  # the engine's stream does not wait for this thread's
+            try:
+                yield
+            finally:  # a change that failed half-way may have left other tensors too
+                drop_graphs(self.manager)
+                if self.model.device.type == "cuda":
+                    torch.cuda.synchronize(self.model.device)  # the engine's stream does not wait for this thread's
 
     @contextmanager
     def places(self, count: int) -> Iterator[None]:
