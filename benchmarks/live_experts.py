@@ -1,10 +1,11 @@
 """Do answers go on while experts are added to the model that writes them?
 
-    python benchmarks/live_experts.py [--experts 64] [--streams 8] [--layers 32] [--keep] [--tiny]
+    python benchmarks/live_experts.py [--experts 64] [--places 64] [--streams 8] [--layers 32] [--keep] [--tiny]
 
 A Llama of 8B shape with random weights and four random LoRAs (rank 16, all linears) behind an arrow router is served,
-eager. A client of another process keeps so many streams busy while nothing else happens ("before"), while the experts
-are added one after the other over HTTP ("during"), and then again ("after", with all of them). Bars: no request fails,
+with so many places for experts more. A client of another process keeps so many streams busy while nothing else happens
+("before"), while the experts are added one after the other over HTTP ("during"), and then again ("after", with all of
+them). "paused_ms" is how long no forward could run for the sake of one expert. Bars: no request fails,
 and the 99th percentile of the inter-token latency during is at most 1.20 of before. --tiny is a small Llama, for a CPU.
 Prints JSON; --keep writes results/live_experts-<device>.json beside itself.
 """
@@ -12,13 +13,14 @@ Prints JSON; --keep writes results/live_experts-<device>.json beside itself.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -87,6 +89,21 @@ def phase(url: str, engine: Any, options: Any, tokens: int, work: Callable[[], A
     }
 
 
+def timed_pauses(engine: Any) -> list[float]:
+    """Seconds of each pause of an engine from now on, with the wait for the forward that runs."""
+    paused, took = engine.paused, list[float]()
+
+    @contextlib.contextmanager
+    def timed(moves: bool) -> Iterator[None]:
+        began = time.perf_counter()
+        with paused(moves):
+            yield
+        took.append(time.perf_counter() - began)
+
+    engine.paused = timed
+    return took
+
+
 def measure(options: Any) -> dict[str, Any]:
     tiny = dataclasses.replace(TINY, vocab=2048)
     shape = tiny if options.tiny else dataclasses.replace(LLAMA_8B, layers=options.layers)
@@ -104,9 +121,10 @@ def measure(options: Any) -> dict[str, Any]:
             "model",
             api_key=KEY,
             adapter_dirs=(folder,),
-            cuda_graph=False,
+            expert_places=options.places,
             **room,
         )
+        pauses = timed_pauses(server.engine)
         with listening(create_app(server, 1.0)) as url:
             client = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=600)
 
@@ -126,7 +144,11 @@ def measure(options: Any) -> dict[str, Any]:
                 "during": phase(url, server.engine, options, tokens, add),
                 "after": phase(url, server.engine, options, tokens, wait),
             }
-    return {"phases": found, "seconds_to_add_one": {"median": median(took), "longest": max(took)}}
+    return {
+        "phases": found,
+        "seconds_to_add_one": {"median": median(took), "longest": max(took)},
+        "paused_ms": {"median": 1e3 * median(pauses), "longest": 1e3 * max(pauses)},
+    }
 
 
 def bars(phases: dict[str, Any]) -> list[dict[str, Any]]:
@@ -142,6 +164,7 @@ def bars(phases: dict[str, Any]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--places", type=int, default=64, help="made at the start")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=15.0, help="of the phases before and after")
@@ -150,7 +173,8 @@ def main() -> None:
     options = parser.parse_args()
     began = time.perf_counter()
     found = measure(options)
-    command = f"python benchmarks/live_experts.py --experts {options.experts} --streams {options.streams}"
+    command = f"python benchmarks/live_experts.py --experts {options.experts} --places {options.places}"
+    command += f" --streams {options.streams}"
     command += f" --layers {options.layers}" * (options.layers != 32) + " --tiny" * options.tiny + " --keep"
     result = {"schema": SCHEMA, "command": command, **environment(), **found, "bars": bars(found["phases"])}
     result["seconds"] = time.perf_counter() - began

@@ -42,9 +42,10 @@ def serve(
     adapter_dir: Annotated[
         list[Path] | None, typer.Option(help="A directory below which adapters may be loaded from; may be repeated.")
     ] = None,
-    eager: Annotated[
-        bool, typer.Option("--eager", help="No CUDA graphs on a GPU: slower, but a new expert holds nobody up.")
-    ] = False,
+    expert_places: Annotated[
+        int, typer.Option(min=0, help="With --adapter-dir: experts that may be loaded while requests hardly wait.")
+    ] = 8,
+    eager: Annotated[bool, typer.Option("--eager", help="No CUDA graphs on a GPU: several times slower.")] = False,
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens of prompt and answer; the model's context if left out.")
     ] = None,
@@ -107,6 +108,7 @@ def serve(
                 base_name=Path(adapter_base(model) or base or model).name if not paths else f"{Path(model).name}-base",
                 api_key=api_key,
                 adapter_dirs=tuple(adapter_dir or ()),
+                expert_places=expert_places,
                 cuda_graph=False if eager else None,
                 max_model_len=max_model_len,
                 cache_tokens=cache_tokens,

@@ -16,9 +16,11 @@ from serving import answers, collected, greedy, offline, prompts_of, small_engin
 from tiny_models import base_model, config
 
 from molora import from_adapters
+from molora.adapters.places import reserve_places
+from molora.bench.serving import word_tokenizer
 from molora.context import runtime_of
 from molora.serve.engine import Engine, EngineError
-from molora.serve.launch import is_bare_without_gates
+from molora.serve.launch import is_bare_without_gates, make_server
 from molora.serve.pool import ExpertPool
 from molora.serve.protocol import ApiError
 from molora.serve.steering import Steering, parse_steering
@@ -160,6 +162,52 @@ def test_under_streams_an_expert_comes_serves_and_goes(model: PeftModel, paths: 
     # The pool is the one that would be made anew.
     anew = from_adapters(base_model(), {n: paths[n] for n in names}, "arrow", placement="block").eval()
     assert offline(model, PROMPT) == offline(anew, PROMPT)
+
+
+def test_in_a_vacant_place_an_expert_comes_and_goes_beside_the_same_graphs(
+    model: PeftModel, paths: dict[str, Path], tmp_path: Path
+) -> None:
+    alone = offline(peft_lora(paths["chat"]), PROMPT)
+    extra = save_lora(tmp_path / "extra", seed=7)
+    reserve_places(model, 1)
+
+    async def work(engine: Engine, pool: ExpertPool) -> Any:
+        def graphs() -> int:
+            return id(engine.manager.batch_processor.inputs_and_outputs.graphs)
+
+        pool.allowed = (*pool.allowed, tmp_path)
+        before = await collected(engine, greedy(PROMPT, traced=True))
+        kept = [engine.manager.batch_processor.inputs_and_outputs.graphs]  # so that its number is not given again
+        await pool.load("chat", str(paths["chat"]), None)
+        forced = await collected(engine, greedy(PROMPT, traced=True, steering=Steering(favour={"chat": 1.0})))
+        await pool.unload("sql")
+        bare = await collected(engine, greedy(PROMPT, steering=Steering(bare=True)))
+        await pool.load("extra", str(extra), None)
+        seen, same = await collected(engine, greedy(PROMPT, traced=True)), graphs() == id(kept[0])
+        await pool.load("sql", str(paths["sql"]), None)  # there is no place left
+        return before, forced, bare, seen, same, graphs() == id(kept[0])
+
+    before, forced, bare, seen, same, at_last = changed(model, paths["chat"].parent, work)
+    assert before[1][0].experts == ("sql", "math", "code") and before[1][0].gates.shape[1] == 3
+    assert forced[0] == alone and forced[1][0].experts == ("sql", "math", "code", "chat")
+    assert bool((forced[1][0].gates[:, 3] == 1).all())
+    assert bare[0] == offline(base_model(), PROMPT)
+    assert seen[1][0].experts == ("extra", "math", "code", "chat") and len(seen[1][0].share) == 4
+    assert same and not at_last
+    anew = {"extra": extra, **{n: paths[n] for n in ("math", "code", "chat", "sql")}}
+    assert offline(model, PROMPT) == offline(from_adapters(base_model(), anew, "arrow", placement="block"), PROMPT)
+
+
+def test_places_are_made_where_experts_may_come(model: PeftModel, paths: dict[str, Path]) -> None:
+    """And not where no request may load one, or where a router must be trained for them."""
+    trained = from_adapters(base_model(), paths, "top_k").eval()
+    folder = paths["chat"].parent
+    for made, dirs, experts in ((model, (), 3), (model, (folder,), 5), (trained, (folder,), 4)):
+        key = {"api_key": "key"} if dirs else {}
+        server = make_server(made, word_tokenizer(97), "m", adapter_dirs=dirs, expert_places=2, max_model_len=32, **key)
+        assert made.peft_config["default"].num_experts == experts
+        assert server.pool.room == (2 if experts == 5 else 1)
+        assert len(server.model_names) == 1 + (3 if made is model else 4)
 
 
 def test_what_must_not_be_loaded_is_not_and_the_engine_goes_on(

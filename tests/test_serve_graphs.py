@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lora_pools import save_pool
 from peft import get_peft_model
 from serving import answers, collected, greedy, offline, prompts_of, with_engine
 from tiny_models import base_model, preset_config
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
+from molora import from_adapters
+from molora.adapters.places import reserve_places
 from molora.serve.engine import Engine
 from molora.serve.limits import Limits
+from molora.serve.pool import ExpertPool
 from molora.serve.steering import Steering
 from molora.serve.tracing import Tracer
 
@@ -87,3 +92,39 @@ def test_graphs_answer_trace_and_steer_as_eager_forwards_do() -> None:
             assert all(float(one.share[1]) == 1.0 for one in told)
         if number % 5 == 4:
             assert all(not one.gates.any() for one in told)
+
+
+@pytest.mark.gpu
+def test_graphs_go_on_while_experts_come_into_vacant_places(tmp_path: Path) -> None:
+    paths = save_pool(tmp_path, 4)
+    prompts = prompts_of(range(3, 23, 2))
+    names = list(paths)
+
+    def pool() -> Any:
+        return from_adapters(base_model(), {n: paths[n] for n in names[:2]}, "arrow", placement="block").cuda().eval()
+
+    wishes = [{}, {"traced": True}, {"steering": Steering(favour={"code": 1.0}), "traced": True}]
+    requests = [greedy(prompt, 12, **wishes[n % 3]) for n, prompt in enumerate(prompts)]
+
+    async def work(served: Engine) -> list[Any]:
+        experts = ExpertPool(engine=served, tokenizer=None, allowed=(tmp_path,))
+        await asyncio.gather(*(collected(served, request) for request in requests if request.steering is None))
+        buffer = served.manager.batch_processor.inputs_and_outputs.graphs
+        await experts.load("code", str(paths["code"]), None)
+        await asyncio.gather(*(collected(served, request) for request in requests))
+        await experts.unload("sql")
+        await experts.load("chat", str(paths["chat"]), None)
+        found = await asyncio.gather(*(collected(served, request) for request in requests))
+        assert served.manager.batch_processor.inputs_and_outputs.graphs is buffer
+        return found
+
+    model = pool()
+    reserve_places(model, 1)
+    found = with_engine(engine(model), work)
+    anew = from_adapters(base_model(), {n: paths[n] for n in ("chat", "math", "code")}, "arrow", placement="block")
+    wanted = answers(engine(anew.cuda().eval(), False), requests)
+    assert sum(a[0] == b[0] for a, b in zip(found, wanted, strict=True)) >= 0.9 * len(requests)
+    for (_, traced, _), (_, expected, _) in zip(found, wanted, strict=True):
+        for own, other in zip(traced[:1], expected[:1], strict=True):
+            assert own.experts == ("chat", "math", "code") == other.experts
+            torch.testing.assert_close(own.gates, other.gates, rtol=1e-4, atol=1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +12,23 @@ from torch import Tensor
 
 from molora.adapters.from_adapters import check_name, check_range, linears_of, pairs_of, replace_experts
 from molora.adapters.lora_files import LoraPair
+from molora.adapters.places import (
+    VACANT,
+    Changes,
+    Pause,
+    copy,
+    forget_use,
+    make_places,
+    no_pause,
+    place_to_leave,
+    pool_of,
+    renew,
+    routers_of,
+)
 from molora.centroids import check_texts, example_vectors
-from molora.context import Runtime, adapter_of
+from molora.context import Runtime
 from molora.linear import MixedLinear
 from molora.prototypes import prototypes
-from molora.routers.fixed_vectors import FixedVectorRouter
 
 
 def add_expert(
@@ -65,7 +77,7 @@ class NewExpert:
         weights: for each linear of the pool A (1, R, D) and B (1, R, O), zeros where the adapter leaves it out.
         vectors: for each router, by name, the expert's (1, D'); None: `add` makes them of its example prompts, for
             which it runs the model.
-        others: the experts that were there.
+        others: the names of the places that there were.
     """
 
     name: str
@@ -79,26 +91,53 @@ class NewExpert:
     tokenizer: Any
 
     @torch.no_grad()
-    def add(self) -> None:
-        """Puts the expert into its pool: no forward may run meanwhile.
+    def add(self, pause: Pause = no_pause, room: int = 1) -> None:
+        """Puts the expert into a vacant place of its pool, or makes places.
+
+        Args:
+            pause: no forward may run in it. Where a place takes the expert as it is, most is done beside forwards:
+                no token goes to a place whose vector is zero.
+            room: places that are made where there is none.
 
         Raises:
             ValueError: the pool changed since the expert was prepared.
         """
-        runtime, adapter, config = self.runtime, self.adapter, self.config
-        if tuple(config.expert_names) != self.others:
+        runtime, adapter, others = self.runtime, self.adapter, self.others
+        if tuple(self.config.expert_names) != others:
             raise ValueError(f"the pool changed while expert {self.name!r} was read; add it again")
-        vectors = self.vectors
-        if vectors is None:
-            examples, base = {self.name: self.examples}, runtime.model()
-            assert base is not None
-            vectors = example_vectors(base, runtime, adapter, config.router, examples, self.tokenizer)
-        for layer, weights in self.weights.items():
-            _append(layer, adapter, *weights)
-        old = _vectors(runtime, adapter)
-        _renew(runtime, adapter, config, [*self.others, self.name], {
-            site: torch.cat([old[site], new.to(old[site])]) for site, new in vectors.items()
-        })  # fmt: skip
+        place = others.index(VACANT) if VACANT in others else len(others)
+        ranks = {layer: A.shape[1] for layer, (A, _) in self.weights.items()}
+        moves = place == len(others) or any(r > layer.molora_specs[adapter][""].r for layer, r in ranks.items())
+        changes: Changes = []
+        if not moves:
+            self._write(place)
+            changes = self._changes(place, self.vectors or {})
+        with pause(moves):
+            vectors = self.vectors or self._of_examples()
+            if moves:
+                make_places(runtime, adapter, self.config, room if place == len(others) else 0, ranks)
+                self._write(place)
+            copy(changes or self._changes(place, vectors))
+            self.config.expert_names[place] = self.name
+            forget_use(runtime, adapter)
+
+    def _of_examples(self) -> dict[str, Tensor]:
+        base = self.runtime.model()
+        assert base is not None
+        examples = {self.name: self.examples}
+        return example_vectors(base, self.runtime, self.adapter, self.config.router, examples, self.tokenizer)
+
+    def _write(self, place: int) -> None:
+        """Copies the weights into a place."""
+        changes: Changes = []
+        for layer, new in self.weights.items():
+            old = (getattr(layer, c)[self.adapter].weight.detach()[place] for c in ("molora_A", "molora_B"))
+            changes += zip(old, (weight[0] for weight in new), strict=True)
+        copy(changes)
+
+    def _changes(self, place: int, vectors: Mapping[str, Tensor]) -> Changes:
+        routers = routers_of(self.runtime, self.adapter)
+        return [change for site, (vector,) in vectors.items() for change in routers[site].changes(place, vector)]
 
 
 @torch.no_grad()
@@ -114,7 +153,7 @@ def prepare_expert(
 ) -> NewExpert:
     """What takes time of `add_expert`, with its arguments and errors: reading, checking, prototypes. It changes nothing
     and may run beside forwards of the model."""
-    runtime, adapter, config = _pool_of(model, adapter_name)
+    runtime, adapter, config = pool_of(model, adapter_name)
     check_name(name)
     if name in config.expert_names:
         raise ValueError(f"there is an expert {name!r} already; delete it first, or choose another name")
@@ -162,34 +201,14 @@ def delete_expert(model: Any, name: str, *, adapter_name: str | None = None) -> 
     Raises:
         ValueError: an unknown name, the last expert, or a router that would have to be trained.
     """
-    runtime, adapter, config = _pool_of(model, adapter_name)
-    names: list[str] = list(config.expert_names)
-    if name not in names:
-        raise ValueError(f"there is no expert {name!r}; there are {', '.join(names)}")
-    if len(names) == 1:
-        raise ValueError(f"{name!r} is the last expert; delete the adapter {adapter!r} instead")
-    kept = [i for i, other in enumerate(names) if other != name]
-    config.router.check(len(kept), config.r, config.placement)
+    runtime, adapter, config = pool_of(model, adapter_name)
+    gone = place_to_leave(config, adapter, name)
+    kept = [i for i in range(len(config.expert_names)) if i != gone]
     for layer in linears_of(runtime, adapter).values():
         A, B = (getattr(layer, c)[adapter].weight.detach() for c in ("molora_A", "molora_B"))
         replace_experts(layer, adapter, A[kept], B[kept])
-    vectors = {site: old[kept] for site, old in _vectors(runtime, adapter).items()}
-    _renew(runtime, adapter, config, [names[i] for i in kept], vectors)
-
-
-def _pool_of(model: Any, adapter_name: str | None) -> tuple[Runtime, str, Any]:
-    runtime, adapter, config = adapter_of(model, adapter_name, "whose experts could change")
-    if not config.expert_names or config.init_lora_weights != "imported":
-        raise ValueError(f"adapter {adapter!r} was not made of LoRA adapters; make it with from_adapters")
-    if config.shared_basis:
-        raise ValueError(f"the experts of adapter {adapter!r} share a basis; change the pool, then compress it again")
-    sites = [site for site in runtime.sites if site.adapter == adapter and site.owner is not None]
-    if not all(isinstance(site.router, FixedVectorRouter) for site in sites):
-        raise ValueError(
-            f"router {config.router.name!r} is trained for its experts; make the model anew with from_adapters, and "
-            "train the gates"
-        )
-    return runtime, adapter, config
+    vectors = {site: router.vectors[kept] for site, router in routers_of(runtime, adapter).items()}
+    renew(runtime, adapter, config, [config.expert_names[i] for i in kept], vectors)
 
 
 def _weights(layer: MixedLinear, adapter: str, pair: LoraPair | None) -> tuple[Tensor, Tensor]:
@@ -201,34 +220,3 @@ def _weights(layer: MixedLinear, adapter: str, pair: LoraPair | None) -> tuple[T
         A[0, : len(pair.A)] = pair.A.to(A.device)
         B[0, : len(pair.A)] = pair.B.T.to(B.device).float() * pair.scaling
     return A, B
-
-
-def _append(layer: MixedLinear, adapter: str, *new: Tensor) -> None:
-    """One expert more, of the rank of the others or a higher one, to which they are then filled up with zeros."""
-    spec, r = layer.molora_specs[adapter][""], new[0].shape[1]
-    layer.molora_specs[adapter][""] = replace(spec, r=r, lora_alpha=r)
-    old = [getattr(layer, c)[adapter].weight.detach() for c in ("molora_A", "molora_B")]
-    filled = [torch.nn.functional.pad(w, (0, 0, 0, r - spec.r)) for w in old]
-    replace_experts(layer, adapter, *(torch.cat(both) for both in zip(filled, new, strict=True)))
-
-
-def _vectors(runtime: Runtime, adapter: str) -> dict[str, Tensor]:
-    sites: list[Any] = [site for site in runtime.sites if site.adapter == adapter and site.owner is not None]
-    return {site.name: site.router.vectors for site in sites}
-
-
-def _renew(runtime: Runtime, adapter: str, config: Any, names: list[str], vectors: Mapping[str, Tensor]) -> None:
-    """Writes the experts there are now into config, layers, routers and telemetry."""
-    linears = linears_of(runtime, adapter)
-    for layer in linears.values():
-        layer.molora_specs[adapter][""] = replace(layer.molora_specs[adapter][""], num_experts=len(names))
-    ranks = {linear: layer.molora_specs[adapter][""].r for linear, layer in linears.items()}
-    config.expert_names, config.num_experts, config.r = names, len(names), max(ranks.values())
-    config.lora_alpha = config.r
-    config.rank_pattern = {linear: r for linear, r in ranks.items() if r != config.r}
-    config.alpha_pattern = dict(config.rank_pattern)
-    for number, site in enumerate(runtime.sites):
-        if site.adapter == adapter and site.owner is not None:
-            site.router.set_vectors(vectors[site.name])  # type: ignore[operator]
-            runtime.use.pop(number, None)
-            runtime.window.counts.pop(number, None)

@@ -71,6 +71,13 @@ class ArrowRouter(FixedVectorRouter):
         super().set_vectors(vectors)
         self.present = vectors.any(1).to(self.present.device)
 
+    def absent(self) -> Tensor:
+        return ~self.present
+
+    def changes(self, expert: int, vector: Tensor) -> list[tuple[Tensor, Tensor]]:
+        here = self.present[expert]
+        return [*super().changes(expert, vector), (here, vector.any().to(here.device))]
+
     def has_vectors(self) -> bool:
         return super().has_vectors() or not bool(self.present.all())  # all of them may be absent
 

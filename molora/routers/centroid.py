@@ -142,11 +142,12 @@ class CentroidRouter(FixedVectorRouter):
             )
         if tokens.embedding is None and config.reads_embedding:
             # A mixture before the layer that is read: all experts alike.
-            gates = torch.full((x.shape[0], self.num_gates), 1 / self.num_gates, dtype=dtype, device=x.device)
-            similarities = gates
+            present = (~self.absent()).to(dtype)
+            similarities = gates = (present / present.sum()).expand(x.shape[0], -1)
         else:
             query = x if tokens.embedding is None else tokens.embedding
             similarities = cosine_similarities(query.detach(), self.vectors).to(dtype)
+            similarities = similarities.masked_fill(self.absent(), float("-inf"))
             gates = largest_similarity_weights(similarities, config.temperature)
             if config.top_k is not None:
                 kept = torch.zeros_like(gates).scatter(1, gates.topk(config.top_k, dim=1).indices, 1.0)

@@ -12,7 +12,7 @@ from molora.routers.base import Router, RouterConfig
 
 class FixedVectorRouter(Router):
     """Base of the routers without a gradient. The vectors (E, D') are kept as int32, the bits of fp32, so that no cast
-    of the model rounds them."""
+    of the model rounds them. An expert whose vector is zero is absent: it gets no gate."""
 
     bits: ClassVar[str]
     """Name of the buffer, as it is saved."""
@@ -40,6 +40,16 @@ class FixedVectorRouter(Router):
         setattr(self, self.bits, stored)
         self.num_gates = len(vectors)
         self._is_set = self.has_vectors()
+
+    def absent(self) -> Tensor:
+        """(E,) bool: the experts that are not there."""
+        return ~self.vectors.any(1)
+
+    def changes(self, expert: int, vector: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What to copy, each second tensor into the first, so that one expert has another vector (D',): all of it at
+        once, with no forward meanwhile. No tensor of the router moves."""
+        stored: Tensor = getattr(self, self.bits)[expert]
+        return [(stored, vector.to(stored.device, torch.float32).contiguous().view(torch.int32))]
 
     def has_vectors(self) -> bool:
         """Whether vectors were set."""

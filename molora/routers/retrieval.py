@@ -100,9 +100,11 @@ class RetrievalRouter(FixedVectorRouter):
                 f"this forward has {tokens.rows} rows for {query.shape[0]} prompts; give one row for each prompt, or "
                 "as many for each, those of one prompt next to each other"
             )
-        similarities = cosine_similarities(query, self.vectors)
+        absent = self.absent()
+        similarities = cosine_similarities(query, self.vectors).masked_fill(absent, float("-inf"))
         topk_ids = similarities.topk(self.config.num_chosen(self.num_gates, 0), dim=1).indices
-        gates = torch.zeros_like(similarities).scatter(1, topk_ids, 1 / topk_ids.shape[1])
+        chosen = torch.zeros_like(similarities).scatter(1, topk_ids, 1.0).masked_fill(absent, 0.0)
+        gates = chosen / chosen.sum(1, keepdim=True)
         gates = gates.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         repeats = x.shape[0] // query.shape[0]
         gates, topk_ids, similarities = (t.repeat_interleave(repeats, 0) for t in (gates, topk_ids, similarities))

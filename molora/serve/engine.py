@@ -155,16 +155,20 @@ class Engine:
                 self.reader.close()
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, moves: bool) -> Iterator[None]:
         """No forward runs inside, so that the model may change; requests keep their caches and go on behind it.
 
         For a thread, not an event loop.
+
+        Args:
+            moves: whether tensors of the model are replaced: CUDA graphs that read the old ones are captured anew.
         """
         with self.manager.pause():
             try:
                 yield
             finally:  # a change that failed half-way may have left other tensors too
-                drop_graphs(self.manager)
+                if moves:
+                    drop_graphs(self.manager)
                 if self.model.device.type == "cuda":
                     torch.cuda.synchronize(self.model.device)  # the engine's stream does not wait for this thread's
 

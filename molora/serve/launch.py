@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from molora.adapters.places import reserve_places
 from molora.centroids import base_alone
 from molora.context import runtime_of
 from molora.eval.score import context_length
@@ -37,6 +38,7 @@ def make_server(
     base_name: str | None = None,
     api_key: str | None = None,
     adapter_dirs: tuple[Path, ...] = (),
+    expert_places: int = 0,
     cuda_graph: bool | None = None,
     max_model_len: int | None = None,
     cache_tokens: int | None = None,
@@ -47,6 +49,8 @@ def make_server(
     Args:
         model: in eval mode, with or without a mixture.
         base_name: by which requests ask for the base alone; it is offered only where silenced gates give the base.
+        expert_places: with `adapter_dirs`, experts that may be loaded before the tensors must grow; more make room for
+            as many again. Left out where no expert may be added.
         limits: other fields of `Limits`.
 
     Raises:
@@ -68,14 +72,25 @@ def make_server(
             raise ValueError(f"--max-model-len {max_model_len} exceeds the model's context of {longest} tokens")
         longest = max_model_len
     limits.setdefault("page_size", PAGE_SIZES.get(model.device.type, PAGE_SIZES["cpu"]))
+    room = _reserved(model, expert_places if adapter_dirs else 0)  # before the cache takes what is free
     if cache_tokens is None:
         cache_tokens = max(_cache_tokens(model), longest + limits["page_size"])
     bounds = Limits(max_model_len=longest, cache_tokens=cache_tokens, **limits)
     with_base = base_name if base_name != name and is_bare_without_gates(model, tokenizer) else None
     engine = Engine(model, end_tokens(model, tokenizer), bounds, cuda_graph, tokenizer)
     taken = (name, *([with_base] if with_base else []))
-    pool = ExpertPool(engine=engine, tokenizer=tokenizer, allowed=adapter_dirs, taken=taken)
+    pool = ExpertPool(engine=engine, tokenizer=tokenizer, allowed=adapter_dirs, taken=taken, room=max(1, room))
     return Server(engine=engine, tokenizer=tokenizer, name=name, pool=pool, base_name=with_base, api_key=api_key)
+
+
+def _reserved(model: Any, places: int) -> int:
+    """Makes vacant places for experts; returns how many: none where the router needs training for its experts."""
+    if places:
+        try:
+            reserve_places(model, places)
+        except ValueError:
+            return 0
+    return places
 
 
 def check_servable(model: Any) -> None:

@@ -20,6 +20,7 @@ class ExpertPool:
     Attributes:
         allowed: directories below which adapters may lie; none: no expert is added.
         max_bytes: of an adapter's weights.
+        room: places for experts that are made where there is none, with all CUDA graphs captured anew.
         taken: names that no expert may have.
     """
 
@@ -27,6 +28,7 @@ class ExpertPool:
     tokenizer: Any
     allowed: tuple[Path, ...] = ()
     max_bytes: int = 2 * 2**30
+    room: int = 1
     taken: tuple[str, ...] = ()
     _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -45,8 +47,7 @@ class ExpertPool:
 
         def add() -> None:
             new = prepare_expert(self.engine.model, name, folder, examples=examples, tokenizer=self.tokenizer)
-            with self.engine.paused():
-                new.add()
+            new.add(self.engine.paused, self.room)
 
         await self._change(add)
 
@@ -56,17 +57,13 @@ class ExpertPool:
         Raises:
             ApiError: an unknown name, the last expert, or a router that is trained for its experts.
         """
-        from molora import delete_expert
+        from molora.adapters.places import vacate_expert
 
         self._check_changeable()
         if name not in self.engine.tracer.expert_names:
             raise ApiError(404, f"there is no expert {name!r}", "lora_name", "model_not_found")
 
-        def delete() -> None:
-            with self.engine.paused():
-                delete_expert(self.engine.model, name)
-
-        await self._change(delete)
+        await self._change(lambda: vacate_expert(self.engine.model, name, self.engine.paused))
 
     async def _change(self, change: Any) -> None:
         async with self._one_at_a_time:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molora.adapters.places import VACANT
 from molora.context import runtime_of
 from molora.integrations.continuous_batching import around_forwards, requests_of_batch, tokens_of_batch
 from molora.record import Site
@@ -79,7 +80,12 @@ class Tracer:
 
     @property
     def expert_names(self) -> list[str]:
-        """The names of the experts by number; their numbers where they have none; empty where gates are not experts."""
+        """The names of the experts there are; their numbers where they have none; empty where gates are not experts."""
+        return [name for name in self._places if name != VACANT]
+
+    @property
+    def _places(self) -> list[str]:
+        """The names by number, with those of vacant places."""
         config = getattr(self.manager.model, "peft_config", {}) if self.runtime is not None else {}
         own = next((c for c in config.values() if hasattr(c, "router")), None)
         if (
@@ -144,7 +150,7 @@ class Tracer:
 
     def _tell(self, batch: Sequence[tuple[str, int]]) -> None:
         """Writes down what each request of a batch wishes; behind them is padding."""
-        names, width = self.expert_names, self._gates.shape[2]
+        names, width = self._places, self._gates.shape[2]
         rows = [self._steered.get(name, Steering()).rows(names, width) for name, _ in batch]
         lengths = torch.tensor([length for _, length in batch])
         for part, own, neutral in zip(self._wishes, zip(*rows, strict=True), (1.0, 0.0), strict=True):
@@ -173,8 +179,10 @@ class Tracer:
         if not self._traced:
             return
         gates = self._gates[list(self._traced.values()), : len(self.router_names)].cpu()  # (tokens, routers, G)
+        names = self._places or list(map(str, range(gates.shape[2])))
+        there = [number for number, name in enumerate(names) if name != VACANT]
+        experts, gates = tuple(names[number] for number in there), gates[..., there]
         shares = (gates / gates.sum(2, keepdim=True).clamp(min=1e-20)).mean(1)
-        experts = tuple(self.expert_names or map(str, range(gates.shape[2])))
         for name, own, share in zip(self._traced, gates, shares, strict=True):
             waiting = self._wants.get(name)
             if waiting is not None:
