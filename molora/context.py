@@ -61,6 +61,7 @@ class Runtime:
         self.given_weight: float | None = None
         self.warned = False
         self.read_labels = False
+        self.gathers = False
         self.recorder: Any = None
         self._reset()
 
@@ -90,15 +91,20 @@ class Runtime:
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def install(
-        self, model: nn.Module, observe: Callable[..., Any], verify: Callable[[nn.Module, Runtime], None]
+        self,
+        model: nn.Module,
+        observe: Callable[..., Any],
+        verify: Callable[[nn.Module, Runtime], None],
+        gather: Callable[[nn.Module], bool],
     ) -> None:
         """Hooks itself onto the base model and names itself there.
 
         Args:
             observe: gets (runtime, output, labels, kwargs) of a training forward and returns the output.
             verify: gets the model before the first forward after adapters were loaded past PEFT's own functions.
+            gather: gets the model before its forwards until it has found that ZeRO-3 holds it.
         """
-        self._observe, self._verify = observe, verify
+        self._observe, self._verify, self._gather = observe, verify, gather
         self.model = weakref.ref(model)
         model.molora_runtime = self  # type: ignore[assignment]
         parameters = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -142,6 +148,7 @@ class Runtime:
         if not torch.compiler.is_compiling():
             if self.unverified:
                 self._verify(model, self)
+            self.gathers = self.gathers or self._gather(model)
             if model.training:
                 self._refuse_checkpointing(model)
             self.model = weakref.ref(model)

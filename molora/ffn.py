@@ -103,7 +103,7 @@ class MixedFFN(MoloraLayer):
         steering = self.molora_runtime.current_inputs().steering  # may give a token any expert
         top_k = spec.num_experts if steering else spec.router.num_chosen(spec.num_experts, spec.r) or spec.num_experts
         return selection.fuses_ffn(self.molora_runtime.kernel, x, spec.num_experts, top_k, spec.r) and all(
-            self.has_whole_experts(adapter, part) for part in self.molora_specs[adapter]
+            self.reads_experts(adapter, part) for part in self.molora_specs[adapter]
         )
 
     def _fused(self, adapter: str, x: Tensor) -> tuple[Routing, Tensor, Tensor | None, Projection | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -80,7 +81,11 @@ class MixedLinear(MoloraLayer):
     @property
     def base_is_plain(self) -> bool:
         """See `is_plain_linear`."""
-        return is_plain_linear(self.base_layer)
+        return is_plain_linear(self.base_layer, self.molora_gathers)
+
+    def parameters_to_gather(self) -> Iterator[nn.Parameter]:
+        yield from super().parameters_to_gather()
+        yield from self.base_layer.parameters()
 
     def takes_part(self, adapter: str) -> bool:
         """Whether this layer's experts run now, so that another may read the input for them."""
@@ -95,17 +100,18 @@ class MixedLinear(MoloraLayer):
         if aside := decode.captures(x):
             with decode.beside(x):
                 decided = {a: self._decide(a, x, a in first, True) for a in active}
-        out: Tensor = self.base_layer(x, *args, **kwargs)
+        plain = self.base_is_plain
+        out: Tensor = (self.base_layer.forward if plain else self.base_layer)(x, *args, **kwargs)
         if aside:
             decode.join(x)
         for adapter in active:
             what = decided.get(adapter) or self._decide(adapter, x, adapter in first)
             if adapter not in self.molora_U:
-                out = self._add(adapter, x, what, out, self.base_is_plain and is_fresh(out, x))
+                out = self._add(adapter, x, what, out, plain and is_fresh(out, x))
                 continue
             onto = out.new_zeros(*out.shape[:-1], what.experts.B.shape[2])
             mixed = self._add(adapter, x, what, onto, True)
-            basis: Tensor = self.molora_U[adapter]()
+            basis: Tensor = self.call(self.molora_U[adapter])
             out = out + mixed @ basis[0].to(out.dtype)
         return out
 
@@ -179,7 +185,7 @@ class MixedLinear(MoloraLayer):
         """Whether the input is read for experts and routers before the frozen linear runs, together with others."""
         if not selection.reads_first(x) or selection.requested(self.molora_runtime.kernel) == "reference":
             return False
-        if not self.has_whole_experts(adapter, ""):
+        if not self.reads_experts(adapter, ""):
             return False
         return not self._drops(adapter) or any(m.router_beside(adapter) for m in self.molora_reads[adapter].members)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from molora.kernels import selection
 from molora.layers import NOT_MERGEABLE, MoloraLayer
 from molora.linear import MixedLinear
 from molora.loading import base_fingerprint, check_state_dict, verify_loaded
+from molora.partitioned import gather_with_layers
 from molora.plan import FFNPlan, LinearPlan, plan_conversion
 from molora.prompts import prompts, retrieval_site
 from molora.prototypes import set_prototypes
@@ -61,7 +63,8 @@ class MoloraModel(BaseTuner):
         fresh = runtime is None
         self._runtime: Runtime = runtime or Runtime()
         if fresh:
-            self._runtime.install(model, observe_output, verify_loaded)
+            self._runtime.install(model, observe_output, verify_loaded, partial(gather_with_layers, kind=MoloraLayer))
+        self._runtime.gathers = False
         targets, excluded = config.target_modules, config.exclude_modules
         config.exclude_modules = None  # the plan has left them out; PEFT would warn that it found none to exclude
         try:
