@@ -24,9 +24,9 @@ def whole(model: nn.Module) -> Iterator[None]:
     if not parts:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(parts):
+    with deepspeed.zero.GatheredParameters(parts):
         yield
 
 
