@@ -103,6 +103,8 @@ def _pack(experts: Sequence[Tensor], routers: Sequence[Tensor], dtype: torch.dty
     split = dtype in (torch.bfloat16, torch.half) and any(w.dtype != dtype for w in routers)
     rows = num_ranks + num_gates * (2 if split else 1)
     like = [*experts, *routers][0]
+    if not rows % ALIGNMENT and all(m.dtype == dtype for m in (*experts, *routers)):
+        return torch.cat([*experts, *routers])
     packed = like.new_empty(rows + -rows % ALIGNMENT, like.shape[1], dtype=dtype)
     if experts:
         torch._foreach_copy_(packed[:num_ranks].split([len(m) for m in experts]), list(experts))
@@ -130,8 +132,9 @@ class _Shrink(torch.autograd.Function):
             wide_dtype = torch.float32 if x.is_cuda and dtype != torch.float64 else dtype
             packed = _pack(matrices[:n], matrices[n:], dtype)
             wide = product(inputs, packed.T, wide_dtype)
-            # The packed matrices with it: half an fp32 parameter's memory, for a dozen launches of the backward.
-            ctx.save_for_backward(x, packed, *matrices)
+            # Packed, at half an fp32 parameter's memory, they spare the backward a dozen launches.
+            ctx.save_for_backward(x, packed)
+            ctx.sizes, ctx.dtypes = sizes, [m.dtype for m in matrices]
             parts = list(wide[:, : sum(sizes)].split(sizes, 1))
             if matrices[n:] and wide.shape[1] >= sum(sizes) + sum(sizes[n:]):
                 rests = wide[:, sum(sizes) : sum(sizes) + sum(sizes[n:])].split(sizes[n:], 1)
@@ -142,13 +145,13 @@ class _Shrink(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, packed, *matrices = ctx.saved_tensors
+        x, packed = ctx.saved_tensors
         options: _Options = ctx.options
-        dtype, none = options.dtype, [None] * len(matrices)
+        sizes: list[int] = ctx.sizes
+        dtype, none = options.dtype, [None] * len(sizes)
         if all(grad is None for grad in grads):
             return None, None, *none
         with no_autocast(x.device):
-            sizes = [len(m) for m in matrices]
             tokens = x.shape[:-1].numel()
             known = [x.new_zeros(tokens, n) if g is None else g for g, n in zip(grads, sizes, strict=True)]
             if pad := -sum(sizes) % ALIGNMENT:
@@ -160,11 +163,11 @@ class _Shrink(torch.autograd.Function):
             result: list[Tensor | None] = list(none)
             if any(ctx.needs_input_grad[2:]):
                 inputs = x.flatten(0, -2).to(dtype)
-                wanted = functools.reduce(torch.promote_types, (m.dtype for m in matrices))
+                wanted = functools.reduce(torch.promote_types, ctx.dtypes)
                 found = product(grad.T, inputs if mask is None else inputs * mask, wanted).split([*sizes, pad])
                 result = [
-                    f.to(m.dtype) if needed else None
-                    for f, m, needed in zip(found, matrices, ctx.needs_input_grad[2:], strict=False)
+                    f.to(own) if needed else None
+                    for f, own, needed in zip(found, ctx.dtypes, ctx.needs_input_grad[2:], strict=False)
                 ]
             if not ctx.needs_input_grad[1]:
                 return None, None, *result
