@@ -122,7 +122,7 @@ class MixedFFN(MoloraLayer):
         if adapted or router is not None:
             read = shrink(
                 entered if dropped is x else dropped,
-                [e.A.flatten(0, 1) for e in adapted],
+                [e.A for e in adapted],
                 [] if router is None else [router.product_weight],
             )
             logits = read.logits[0] if router is not None else None

@@ -176,7 +176,7 @@ class MixedLinear(MoloraLayer):
         """``sum_e gate_e (A_e x)``, (T, R): the ranks of experts whose matrices are averaged, as of one shared A."""
         if ranks is None:
             inputs, dropout = self.drop(adapter, "", x)
-            (ranks,) = shrink(inputs, [experts.A.flatten(0, 1)], dtype=x.dtype, **dropout).ranks
+            (ranks,) = shrink(inputs, [experts.A], dtype=x.dtype, **dropout).ranks
         if ranks.dim() == 3:  # parts of a sum
             ranks = ranks.sum(0)
         return ranks if experts.shares_A else (ranks.unflatten(1, (gates.shape[1], -1)) * gates.unsqueeze(-1)).sum(1)

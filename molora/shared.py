@@ -146,9 +146,7 @@ class SharedRead:
         shrinking = [m for m in reading.waiting if m.shrinks_first(adapter, reading.x)]
         experts = {m: e for m in shrinking if (e := m.experts(adapter, "")) is not None}
         routers: dict[MoloraLayer, Any] = {m: r for m in reading.waiting if (r := m.router_beside(adapter)) is not None}
-        found = shrink(
-            reading.input, [e.A.flatten(0, 1) for e in experts.values()], [r.product_weight for r in routers.values()]
-        )
+        found = shrink(reading.input, [e.A for e in experts.values()], [r.product_weight for r in routers.values()])
         logits = dict(zip(routers, found.logits, strict=True))
         ranks = dict(zip(experts, found.ranks, strict=True))
         reading.reads = {m: Read(ranks.get(m), logits, experts.get(m)) for m in reading.waiting}

@@ -112,5 +112,5 @@ def mixture_linear(
     The dropout mask is made again from its seed. With `inplace` the result is written into `out`, which must then be a
     fresh, contiguous tensor that nobody else reads.
     """
-    (shrunk,) = shrink(x, [experts.A.flatten(0, 1)], dtype=out.dtype, dropout=dropout, seed=seed).ranks
+    (shrunk,) = shrink(x, [experts.A], dtype=out.dtype, dropout=dropout, seed=seed).ranks
     return expand(shrunk, gates, experts.B, experts.scaling, out, inplace, topk_ids)

@@ -128,13 +128,14 @@ class _Shrink(torch.autograd.Function):
             inputs = x.flatten(0, -2).to(dtype)
             if options.dropout:
                 inputs = inputs * dropout_mask(x, options.dropout, options.seed).flatten(0, -2).to(dtype)
-            sizes = [len(m) for m in matrices]
+            flat = [m.flatten(0, -2) for m in matrices]  # in here, where autograd does not see it
+            sizes = [len(m) for m in flat]
             wide_dtype = torch.float32 if x.is_cuda and dtype != torch.float64 else dtype
-            packed = _pack(matrices[:n], matrices[n:], dtype)
+            packed = _pack(flat[:n], flat[n:], dtype)
             wide = product(inputs, packed.T, wide_dtype)
             # Packed, at half an fp32 parameter's memory, they spare the backward a dozen launches.
             ctx.save_for_backward(x, packed)
-            ctx.sizes, ctx.dtypes = sizes, [m.dtype for m in matrices]
+            ctx.sizes, ctx.likes = sizes, [(m.dtype, m.shape) for m in matrices]
             parts = list(wide[:, : sum(sizes)].split(sizes, 1))
             if matrices[n:] and wide.shape[1] >= sum(sizes) + sum(sizes[n:]):
                 rests = wide[:, sum(sizes) : sum(sizes) + sum(sizes[n:])].split(sizes[n:], 1)
@@ -163,11 +164,11 @@ class _Shrink(torch.autograd.Function):
             result: list[Tensor | None] = list(none)
             if any(ctx.needs_input_grad[2:]):
                 inputs = x.flatten(0, -2).to(dtype)
-                wanted = functools.reduce(torch.promote_types, ctx.dtypes)
+                wanted = functools.reduce(torch.promote_types, (own for own, _ in ctx.likes))
                 found = product(grad.T, inputs if mask is None else inputs * mask, wanted).split([*sizes, pad])
                 result = [
-                    f.to(own) if needed else None
-                    for f, own, needed in zip(found, ctx.dtypes, ctx.needs_input_grad[2:], strict=False)
+                    f.to(own).view(shape) if needed else None
+                    for f, (own, shape), needed in zip(found, ctx.likes, ctx.needs_input_grad[2:], strict=False)
                 ]
             if not ctx.needs_input_grad[1]:
                 return None, None, *result
@@ -196,7 +197,7 @@ def shrink(
 
     Args:
         x: (..., D), or the `Input` of it, which then completes the gradient of x.
-        experts: the A of one linear each, (C, D), any float dtype; gradients come back in it.
+        experts: the A of one linear each, (C, D) or (E, R, D) with C = E*R, any float dtype; gradients come back in it.
         routers: weights (G, D).
         dtype: compute dtype; None: that of x.
         dropout: probability of dropping a feature of x, one mask for all matrices, 0 <= dropout < 1.
@@ -207,6 +208,6 @@ def shrink(
     if not experts and not routers:
         return Shrunk([], [])
     if not dropout and (dtype or x.dtype) == x.dtype and decode.takes(x, [*experts, *routers]):
-        return Shrunk(*decode.shrink_few(x, experts, routers))
+        return Shrunk(*decode.shrink_few(x, [A.flatten(0, -2) for A in experts], routers))
     parts = apply(_Shrink, _Options(len(experts), dtype or x.dtype, dropout, seed, left), x, *experts, *routers)
     return Shrunk(list(parts[: len(experts)]), list(parts[len(experts) :]))

@@ -79,7 +79,9 @@ class _Tsallis(torch.autograd.Function):
         stats = means(sums, (own, last)) if options.with_stats else sums
         ctx.options = options
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, mask, gates, stats)
+        ctx.save_for_backward(logits, mask, gates)
+        # A few numbers, which are not worth the hooks that activation checkpointing runs for a saved tensor.
+        ctx.stats = stats.detach() if options.with_stats else logits.new_empty(0)
         return gates, stats
 
     @staticmethod
@@ -87,8 +89,9 @@ class _Tsallis(torch.autograd.Function):
     def backward(ctx: Any, grad_gates: Tensor | None, grad_stats: Tensor | None) -> tuple[Any, ...]:
         from molora.kernels import tsallis_gates_kernels
 
-        logits, mask, gates, stats = ctx.saved_tensors
+        logits, mask, gates = ctx.saved_tensors
         options: _Options = ctx.options
+        stats: Tensor = ctx.stats
         shape = tile_shape(logits)
         grad = torch.empty_like(logits)
         has_stats = options.with_stats and grad_stats is not None
