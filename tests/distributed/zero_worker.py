@@ -48,6 +48,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from molora.kernels import selection
+from molora.layers import MoloraLayer
 from molora.train.checkpoint import AtomicTrainer
 
 
@@ -217,6 +218,8 @@ def run_cell(cell: dict[str, Any], base_dir: str, world: int) -> float:
         capture.trainer = trainer
         trainer.train()
     assert len(capture.steps) == 2
+    gathers = {m.molora_gathers for m in trainer.model.modules() if isinstance(m, MoloraLayer)}
+    assert gathers == {cell["stage"] == 3}, "layers gather for their parts under ZeRO-3, and nowhere else"
     return max(relative_error(got, want) for got in capture.steps)
 
 
