@@ -2,70 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from expert_pools import KINDS, extra, make, outputs, same_models
 from gradients import _tokenizer as word_tokenizer
 from lora_adapters import edit_config
 from lora_pools import examples_of, logits_of, peft_lora, same_tensors, save_lora, save_pool, tensors_of
 from peft import PeftModel, get_peft_model
 from tiny_models import base_model, batch
-from torch import Tensor
 
 import molora
 from molora import MoloraConfig, from_adapters, record_routing, routing_statistics
-from molora.adapters.expert_pool import prepare_expert
-from molora.adapters.places import reserve_places, vacate_expert
 from molora.context import runtime_of
-from molora.linear import MixedLinear
-
-KINDS: dict[str, Any] = {
-    "arrow": {"name": "arrow", "top_k": 2},
-    "centroid": {"name": "centroid"},
-    "centroid of a layer": {"name": "centroid", "layer": 1},
-    "retrieval": {"name": "retrieval", "top_k": 2},
-    "fusion": {"name": "retrieval", "top_k": 2, "composition": "fusion"},
-}
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pool(tmp_path_factory.mktemp("pool"), 4)
-
-
-def make(kind: str, paths: dict[str, Path], **options: Any) -> PeftModel:
-    model = from_adapters(base_model(), paths, KINDS[kind], **options).eval()
-    if kind != "arrow":
-        model.set_centroids(examples_of(paths), word_tokenizer())
-    return model
-
-
-def extra(kind: str, name: str) -> dict[str, Any]:
-    """What add_expert wants to know beside the adapter."""
-    return {} if kind == "arrow" else {"examples": examples_of([name])[name], "tokenizer": word_tokenizer()}
-
-
-def outputs(model: PeftModel) -> Tensor:
-    """Logits of two rows whose prompts are examples of the last two experts."""
-    prompts = word_tokenizer()([examples_of([name])[name][0] for name in ("code", "chat")], return_tensors="pt")
-    ids = torch.cat([prompts["input_ids"], batch()["input_ids"].clamp(min=3)], 1)
-    with model.prompts(ids[:, :5]):
-        return logits_of(model, ids)
-
-
-def same_models(model: PeftModel, other: PeftModel) -> bool:
-    configs = [m.peft_config["default"].to_dict() for m in (model, other)]
-    for config in configs:
-        for key in ("base_fingerprint", "inference_mode", "base_model_name_or_path"):  # these change with saving
-            config.pop(key)
-    specs = [{n: m.molora_specs for n, m in x.named_modules() if isinstance(m, MixedLinear)} for x in (model, other)]
-    assert configs[0] == configs[1] and specs[0] == specs[1]
-    return same_tensors(tensors_of(model), tensors_of(other)) and torch.equal(outputs(model), outputs(other))
 
 
 # -- add, delete -------------------------------------------------------------------------------------------------------
@@ -194,99 +150,6 @@ def test_added_weights_take_the_dtype_of_the_pool(tmp_path: Path) -> None:
     anew = from_adapters(base_model(), {**half, "full": full}, dtype=torch.float16).eval()
     assert same_tensors(tensors_of(model), tensors_of(anew))
     assert {t.dtype for n, t in tensors_of(model).items() if "molora_A" in n} == {torch.float16}
-
-
-# -- places ------------------------------------------------------------------------------------------------------------
-
-
-def pointers(model: PeftModel) -> list[int]:
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return [tensor.data_ptr() for tensor in tensors]
-
-
-@pytest.mark.parametrize("placement", ["linear", "block"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_with_vacant_places_the_mixture_is_that_of_the_experts_there_are(
-    kind: str, placement: str, paths: dict[str, Path]
-) -> None:
-    """And no tensor is replaced as they come and go: a CUDA graph may go on reading them."""
-
-    def close(there: list[str]) -> None:
-        anew = make(kind, {name: paths[name] for name in there}, placement=placement)
-        torch.testing.assert_close(outputs(model), outputs(anew), rtol=1e-5, atol=1e-5)
-
-    told: list[bool] = []
-
-    @contextlib.contextmanager
-    def pause(moves: bool) -> Iterator[None]:
-        told.append(moves)
-        yield
-
-    model = make(kind, {"sql": paths["sql"]}, placement=placement)
-    reserve_places(model, 3)
-    at_first, names = pointers(model), model.peft_config["default"].expert_names
-    close(["sql"])
-    for name in ("math", "code"):
-        prepare_expert(model, name, paths[name], **extra(kind, name)).add(pause)
-    close(["sql", "math", "code"])
-    vacate_expert(model, "math", pause)
-    close(["sql", "code"])
-    prepare_expert(model, "chat", paths["chat"], **extra(kind, "chat")).add(pause)
-    close(["sql", "chat", "code"])
-    assert names == ["sql", "chat", "code", ""] and pointers(model) == at_first and told == [False] * 4
-    model.delete_expert("sql")
-    close(["chat", "code"])
-
-
-def test_beside_forwards_the_weights_and_in_the_pause_the_rest(paths: dict[str, Path]) -> None:
-    model = make("arrow", dict(list(paths.items())[:2]))
-    reserve_places(model, 1)
-    before, seen = outputs(model), list[Tensor]()
-
-    @contextlib.contextmanager
-    def pause(moves: bool) -> Iterator[None]:
-        weights = [w for n, w in tensors_of(model).items() if "molora_B" in n]
-        assert weights and all(bool(w[2].any()) for w in weights)
-        seen.append(outputs(model))
-        yield
-
-    prepare_expert(model, "code", paths["code"]).add(pause)
-    assert torch.equal(seen[0], before) and not torch.equal(outputs(model), before)
-
-
-def test_where_no_place_takes_an_expert_places_are_made(paths: dict[str, Path], tmp_path: Path) -> None:
-    told: list[bool] = []
-
-    def pause(moves: bool) -> Any:
-        told.append(moves)
-        return contextlib.nullcontext()
-
-    model = make("arrow", {"sql": paths["sql"]})
-    prepare_expert(model, "math", paths["math"]).add(pause, room=3)
-    prepare_expert(model, "code", paths["code"]).add(pause, room=3)
-    config = model.peft_config["default"]
-    assert config.expert_names == ["sql", "math", "code", ""] and config.num_experts == 4 and told == [True, False]
-    wide = save_lora(tmp_path / "wide", seed=9, r=7)
-    prepare_expert(model, "wide", wide).add(pause, room=3)  # a place is there, but its ranks are too few
-    assert config.expert_names == ["sql", "math", "code", "wide"] and config.r == 7 and told == [True, False, True]
-    anew = make("arrow", {**{n: paths[n] for n in ("sql", "math", "code")}, "wide": wide})
-    assert same_models(model, anew)
-
-
-def test_places_are_no_experts(paths: dict[str, Path]) -> None:
-    model = make("arrow", {"sql": paths["sql"]})
-    reserve_places(model, 2)
-    with pytest.raises(ValueError, match="'sql' is the last expert"):
-        vacate_expert(model, "sql")
-    for call in (vacate_expert, molora.delete_expert):
-        with pytest.raises(ValueError, match="there is no expert ''; there are sql$"):
-            call(model, "")
-    with pytest.raises(ValueError, match="there is an expert 'sql' already"):
-        model.add_expert("sql", paths["sql"])
-    with pytest.raises(ValueError, match="expert name '' must be a word"):
-        model.add_expert("", paths["math"])
-    with pytest.raises(ValueError, match="is trained for its experts"):
-        reserve_places(from_adapters(base_model(), paths, "top_k"), 1)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -95,8 +95,8 @@ class NewExpert:
         """Puts the expert into a vacant place of its pool, or makes places.
 
         Args:
-            pause: no forward may run in it. Where a place takes the expert as it is, most is done beside forwards:
-                no token goes to a place whose vector is zero.
+            pause: no forward may run in it. Where a place takes the expert as it is and its vectors are known, most is
+                done beside forwards: no token goes to a place whose vector is zero.
             room: places that are made where there is none.
 
         Raises:
@@ -109,13 +109,14 @@ class NewExpert:
         ranks = {layer: A.shape[1] for layer, (A, _) in self.weights.items()}
         moves = place == len(others) or any(r > layer.molora_specs[adapter][""].r for layer, r in ranks.items())
         changes: Changes = []
-        if not moves:
+        if beside := not moves and self.vectors is not None:
             self._write(place)
             changes = self._changes(place, self.vectors or {})
         with pause(moves):
             vectors = self.vectors or self._of_examples()
             if moves:
                 make_places(runtime, adapter, self.config, room if place == len(others) else 0, ranks)
+            if not beside:
                 self._write(place)
             copy(changes or self._changes(place, vectors))
             self.config.expert_names[place] = self.name

@@ -21,6 +21,7 @@ VACANT = ""
 Pause = Callable[[bool], AbstractContextManager[None]]
 """Told whether tensors of the model are replaced in it."""
 Changes = list[tuple[Tensor, Tensor]]
+_MATRICES = ("molora_A", "molora_B")
 
 
 def no_pause(moves: bool) -> AbstractContextManager[None]:
@@ -39,6 +40,9 @@ def vacate_expert(model: Any, name: str, pause: Pause = no_pause) -> None:
         copy(changes)
         config.expert_names[place] = VACANT
         forget_use(runtime, adapter)
+    # Beside forwards again. Where products overflow, a gate of zero makes them NaN, not nothing.
+    weights = [getattr(m, c)[adapter].weight for m in linears_of(runtime, adapter).values() for c in _MATRICES]
+    torch._foreach_zero_([weight.detach()[place] for weight in weights])
 
 
 @torch.no_grad()
@@ -79,13 +83,18 @@ def place_to_leave(config: Any, adapter: str, name: str) -> int:
 
 
 def make_places(runtime: Runtime, adapter: str, config: Any, count: int, ranks: Mapping[MixedLinear, int]) -> None:
-    """So many vacant places more, and in each linear at least so many ranks; what is new is zeros."""
+    """So many vacant places more, and in each linear at least so many ranks, both of zeros. Where memory runs out the
+    model is as it was."""
+    made = {}
     for layer in linears_of(runtime, adapter).values():
         spec = layer.molora_specs[adapter][""]
         r = max(spec.r, ranks.get(layer, 0))
-        layer.molora_specs[adapter][""] = replace(spec, r=r, lora_alpha=r)
-        old = [getattr(layer, c)[adapter].weight.detach() for c in ("molora_A", "molora_B")]
-        replace_experts(layer, adapter, *(pad(weight, (0, 0, 0, r - spec.r, 0, count)) for weight in old))
+        old = [getattr(layer, matrix)[adapter].weight.detach() for matrix in _MATRICES]
+        weights = [pad(weight, (0, 0, 0, r - spec.r, 0, count)) for weight in old]
+        made[layer] = replace(spec, r=r, lora_alpha=r), weights
+    for layer, (spec, weights) in made.items():
+        layer.molora_specs[adapter][""] = spec
+        replace_experts(layer, adapter, *weights)
     vectors = {site: pad(router.vectors, (0, 0, 0, count)) for site, router in routers_of(runtime, adapter).items()}
     renew(runtime, adapter, config, [*config.expert_names, *[VACANT] * count], vectors)
 

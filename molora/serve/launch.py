@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import socket
 from pathlib import Path
@@ -79,7 +80,8 @@ def make_server(
     with_base = base_name if base_name != name and is_bare_without_gates(model, tokenizer) else None
     engine = Engine(model, end_tokens(model, tokenizer), bounds, cuda_graph, tokenizer)
     taken = (name, *([with_base] if with_base else []))
-    pool = ExpertPool(engine=engine, tokenizer=tokenizer, allowed=adapter_dirs, taken=taken, room=max(1, room))
+    own = copy.deepcopy(tokenizer)  # truncation is state of a tokenizer, and prompts are not to be cut
+    pool = ExpertPool(engine=engine, tokenizer=own, allowed=adapter_dirs, taken=taken, room=max(1, room))
     return Server(engine=engine, tokenizer=tokenizer, name=name, pool=pool, base_name=with_base, api_key=api_key)
 
 

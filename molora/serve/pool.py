@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from molora.adapters.places import vacate_expert
 from molora.serve.engine import Engine
 from molora.serve.protocol import ApiError
 
@@ -57,13 +58,17 @@ class ExpertPool:
         Raises:
             ApiError: an unknown name, the last expert, or a router that is trained for its experts.
         """
-        from molora.adapters.places import vacate_expert
-
         self._check_changeable()
-        if name not in self.engine.tracer.expert_names:
-            raise ApiError(404, f"there is no expert {name!r}", "lora_name", "model_not_found")
 
-        await self._change(lambda: vacate_expert(self.engine.model, name, self.engine.paused))
+        def delete() -> None:
+            there = self.engine.tracer.expert_names
+            if name not in there:
+                raise ApiError(404, f"there is no expert {name!r}", "lora_name", "model_not_found")
+            if there == [name]:
+                raise ApiError(400, f"{name!r} is the last expert; load another one first", "lora_name")
+            vacate_expert(self.engine.model, name, self.engine.paused)
+
+        await self._change(delete)
 
     async def _change(self, change: Any) -> None:
         async with self._one_at_a_time:

@@ -122,8 +122,8 @@ class ChatRequest(_Sampling):
 class LoadRequest(_Strict):
     lora_name: Annotated[str, Field(min_length=1, max_length=200)]
     lora_path: str
-    examples: Texts | None = None
-    """molora: prompts of the expert, for routers that know experts by them."""
+    examples: Annotated[Texts, Field(max_length=1000)] | None = None
+    """molora: prompts of the expert, for routers that know experts by them; others wait while they are read."""
 
 
 class UnloadRequest(_Strict):

@@ -100,6 +100,7 @@ CELLS = (
         _cell(3, "trainer", "none", 1, True, "ffn"),
         _cell(3, "trainer", "non-reentrant", 2, placement="linear") | {"as_on_gpu": True},
         _cell(3, "trainer", "none", 2, placement="ffn") | {"as_on_gpu": True},
+        _cell(3, "trainer", "non-reentrant", 2, placement="ffn") | {"as_on_gpu": True},
     ]
     + [
         _cell(2, "trainer", "non-reentrant", 2, placement="block") | {"optimizer": "riemannian-loraplus"},
