@@ -11,7 +11,7 @@ from speed_tables import rows
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # In the order in which they were run.
-SCALE = ("scale", "scale_two_gpus_zero2", "scale_two_gpus_zero3")
+SCALE = ("scale", "scale_two_gpus_zero2", "scale_two_gpus_zero3", "scale_two_gpus_zero3_gathered")
 
 
 def read(name: str) -> dict[str, Any]:
