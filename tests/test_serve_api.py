@@ -297,6 +297,7 @@ def test_an_expert_is_loaded_served_and_unloaded(client: httpx.Client, loras: di
     answer = client.post("v1/load_lora_adapter", json=body)
     assert answer.status_code == 200 and "'chat' added" in answer.text
     is_refusal(client.post("v1/load_lora_adapter", json=body), 400, "lora_name")
+    is_refusal(client.post("v1/load_lora_adapter", json={**body, "examples": ["x"] * 1001}), 400, "examples")
     alone = PeftModel.from_pretrained(tiny(), loras["chat"]).eval()
     assert text_of(client, model="chat") == TOKENIZER.decode(offline(alone, TOKENIZER("It was")["input_ids"]))
     is_refusal(client.post("v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/etc"}), 403, "lora_path")

@@ -181,6 +181,8 @@ def test_in_a_vacant_place_an_expert_comes_and_goes_beside_the_same_graphs(
         await pool.load("chat", str(paths["chat"]), None)
         forced = await collected(engine, greedy(PROMPT, traced=True, steering=Steering(favour={"chat": 1.0})))
         await pool.unload("sql")
+        with pytest.raises(ApiError, match="there is no expert 'sql'"):
+            await pool.unload("sql")
         bare = await collected(engine, greedy(PROMPT, steering=Steering(bare=True)))
         await pool.load("extra", str(extra), None)
         seen, same = await collected(engine, greedy(PROMPT, traced=True)), graphs() == id(kept[0])
@@ -208,6 +210,7 @@ def test_places_are_made_where_experts_may_come(model: PeftModel, paths: dict[st
         assert made.peft_config["default"].num_experts == experts
         assert server.pool.room == (2 if experts == 5 else 1)
         assert len(server.model_names) == 1 + (3 if made is model else 4)
+        assert server.pool.tokenizer is not server.tokenizer  # which examples would have cut prompts short
 
 
 def test_what_must_not_be_loaded_is_not_and_the_engine_goes_on(
