@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.adapters.from_adapters import check_name, check_range, linears_of, pairs_of, replace_experts
+from molora.adapters.from_adapters import check_name, check_range, experts_of, linears_of, pairs_of, replace_experts
 from molora.adapters.lora_files import LoraPair
 from molora.adapters.places import (
     VACANT,
     Changes,
     Pause,
-    copy,
+    apply_changes,
     forget_use,
     make_places,
     no_pause,
@@ -118,7 +118,7 @@ class NewExpert:
                 make_places(runtime, adapter, self.config, room if place == len(others) else 0, ranks)
             if not beside:
                 self._write(place)
-            copy(changes or self._changes(place, vectors))
+            apply_changes(changes or self._changes(place, vectors))
             self.config.expert_names[place] = self.name
             forget_use(runtime, adapter)
 
@@ -132,9 +132,9 @@ class NewExpert:
         """Copies the weights into a place."""
         changes: Changes = []
         for layer, new in self.weights.items():
-            old = (getattr(layer, c)[self.adapter].weight.detach()[place] for c in ("molora_A", "molora_B"))
-            changes += zip(old, (weight[0] for weight in new), strict=True)
-        copy(changes)
+            old = experts_of(layer, self.adapter)
+            changes += [(stacked[place], own[0]) for stacked, own in zip(old, new, strict=True)]
+        apply_changes(changes)
 
     def _changes(self, place: int, vectors: Mapping[str, Tensor]) -> Changes:
         routers = routers_of(self.runtime, self.adapter)
@@ -165,9 +165,8 @@ def prepare_expert(
         )
     if examples is not None:
         check_texts(name, examples)
-    for site in runtime.sites:
-        if site.adapter == adapter and site.owner is not None:
-            site.router.check_set()  # type: ignore[operator]
+    for router in routers_of(runtime, adapter).values():
+        router.check_set()
     base = runtime.model()
     assert base is not None
     try:
@@ -206,7 +205,7 @@ def delete_expert(model: Any, name: str, *, adapter_name: str | None = None) -> 
     gone = place_to_leave(config, adapter, name)
     kept = [i for i in range(len(config.expert_names)) if i != gone]
     for layer in linears_of(runtime, adapter).values():
-        A, B = (getattr(layer, c)[adapter].weight.detach() for c in ("molora_A", "molora_B"))
+        A, B = experts_of(layer, adapter)
         replace_experts(layer, adapter, A[kept], B[kept])
     vectors = {site: router.vectors[kept] for site, router in routers_of(runtime, adapter).items()}
     renew(runtime, adapter, config, [config.expert_names[i] for i in kept], vectors)
@@ -215,8 +214,7 @@ def delete_expert(model: Any, name: str, *, adapter_name: str | None = None) -> 
 def _weights(layer: MixedLinear, adapter: str, pair: LoraPair | None) -> tuple[Tensor, Tensor]:
     """A (1, R, D) and B (1, R, O) of one expert for a linear, of its rank there or a higher one."""
     r = layer.molora_specs[adapter][""].r if pair is None else max(layer.molora_specs[adapter][""].r, len(pair.A))
-    old = [getattr(layer, c)[adapter].weight.detach() for c in ("molora_A", "molora_B")]
-    A, B = (torch.zeros(1, r, w.shape[2], dtype=w.dtype, device=w.device) for w in old)
+    A, B = (torch.zeros(1, r, w.shape[2], dtype=w.dtype, device=w.device) for w in experts_of(layer, adapter))
     if pair is not None:
         A[0, : len(pair.A)] = pair.A.to(A.device)
         B[0, : len(pair.A)] = pair.B.T.to(B.device).float() * pair.scaling

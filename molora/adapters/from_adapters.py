@@ -225,8 +225,8 @@ def linears_of(runtime: Runtime, adapter: str) -> dict[str, MixedLinear]:
 
 def _empty(layer: MixedLinear, adapter: str, dtype: torch.dtype) -> None:
     """Zeros in the place of all experts of a linear, on its device."""
-    A, B = (getattr(layer, container)[adapter].weight for container in ("molora_A", "molora_B"))
-    replace_experts(layer, adapter, *(lazy_zeros(*w.shape, dtype=dtype).to(w.device) for w in (A, B)))
+    old = experts_of(layer, adapter)
+    replace_experts(layer, adapter, *(lazy_zeros(*w.shape, dtype=dtype).to(w.device) for w in old))
 
 
 def check_range(name: str, pool: Pairs, dtype: torch.dtype) -> None:
@@ -258,6 +258,11 @@ def _put(layer: MixedLinear, adapter: str, e: int, pair: LoraPair) -> None:
     A, B = (getattr(layer, container)[adapter].weight for container in ("molora_A", "molora_B"))
     A[e, : len(pair.A)] = pair.A.to(A.device)
     B[e, : len(pair.A)] = (pair.B.T.to(B.device).float() * pair.scaling).to(B.dtype)
+
+
+def experts_of(layer: MoloraLayer, adapter: str) -> list[Tensor]:
+    """A (E, R, D) and B (E, R, O) of a linear, as they are kept, without autograd."""
+    return [getattr(layer, container)[adapter].weight.detach() for container in ("molora_A", "molora_B")]
 
 
 def replace_experts(layer: MoloraLayer, adapter: str, A: Tensor, B: Tensor) -> None:

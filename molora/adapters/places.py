@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from molora.adapters.from_adapters import linears_of, replace_experts
+from molora.adapters.from_adapters import experts_of, linears_of, replace_experts
 from molora.context import Runtime, adapter_of
 from molora.linear import MixedLinear
 from molora.routers.fixed_vectors import FixedVectorRouter
@@ -21,7 +21,7 @@ VACANT = ""
 Pause = Callable[[bool], AbstractContextManager[None]]
 """Told whether tensors of the model are replaced in it."""
 Changes = list[tuple[Tensor, Tensor]]
-_MATRICES = ("molora_A", "molora_B")
+"""Tensors, and what is to be copied into them."""
 
 
 def no_pause(moves: bool) -> AbstractContextManager[None]:
@@ -30,19 +30,26 @@ def no_pause(moves: bool) -> AbstractContextManager[None]:
 
 @torch.no_grad()
 def vacate_expert(model: Any, name: str, pause: Pause = no_pause) -> None:
-    """`delete_expert`, but the place is left vacant and no tensor is replaced: the next expert may have it."""
+    """`delete_expert`, but the place is left vacant and no tensor is replaced: the next expert may have it.
+
+    Args:
+        pause: no forward may run in it.
+
+    Raises:
+        ValueError: as `delete_expert`.
+    """
     runtime, adapter, config = pool_of(model, None)
     place = place_to_leave(config, adapter, name)
     changes: Changes = []
     for router in routers_of(runtime, adapter).values():
         changes += router.changes(place, torch.zeros_like(router.vectors[place]))
     with pause(False):
-        copy(changes)
+        apply_changes(changes)
         config.expert_names[place] = VACANT
         forget_use(runtime, adapter)
     # Beside forwards again. Where products overflow, a gate of zero makes them NaN, not nothing.
-    weights = [getattr(m, c)[adapter].weight for m in linears_of(runtime, adapter).values() for c in _MATRICES]
-    torch._foreach_zero_([weight.detach()[place] for weight in weights])
+    layers = linears_of(runtime, adapter).values()
+    torch._foreach_zero_([weight[place] for layer in layers for weight in experts_of(layer, adapter)])
 
 
 @torch.no_grad()
@@ -58,13 +65,18 @@ def reserve_places(model: Any, count: int) -> None:
 
 
 def pool_of(model: Any, adapter_name: str | None) -> tuple[Runtime, str, Any]:
+    """The runtime, name and config of an adapter whose experts may come and go; the active adapter if None.
+
+    Raises:
+        ValueError: a model without a mixture, or one whose experts may not: not made of LoRAs, a shared basis, a
+            router that is trained for them.
+    """
     runtime, adapter, config = adapter_of(model, adapter_name, "whose experts could change")
     if not config.expert_names or config.init_lora_weights != "imported":
         raise ValueError(f"adapter {adapter!r} was not made of LoRA adapters; make it with from_adapters")
     if config.shared_basis:
         raise ValueError(f"the experts of adapter {adapter!r} share a basis; change the pool, then compress it again")
-    sites = [site for site in runtime.sites if site.adapter == adapter and site.owner is not None]
-    if not all(isinstance(site.router, FixedVectorRouter) for site in sites):
+    if not all(isinstance(router, FixedVectorRouter) for router in routers_of(runtime, adapter).values()):
         raise ValueError(
             f"router {config.router.name!r} is trained for its experts; make the model anew with from_adapters, and "
             "train the gates"
@@ -73,6 +85,11 @@ def pool_of(model: Any, adapter_name: str | None) -> tuple[Runtime, str, Any]:
 
 
 def place_to_leave(config: Any, adapter: str, name: str) -> int:
+    """The place of an expert that may go.
+
+    Raises:
+        ValueError: an unknown name, the last expert, or fewer experts than the router chooses.
+    """
     there = [other for other in config.expert_names if other != VACANT]
     if name not in there:
         raise ValueError(f"there is no expert {name!r}; there are {', '.join(there)}")
@@ -89,8 +106,7 @@ def make_places(runtime: Runtime, adapter: str, config: Any, count: int, ranks: 
     for layer in linears_of(runtime, adapter).values():
         spec = layer.molora_specs[adapter][""]
         r = max(spec.r, ranks.get(layer, 0))
-        old = [getattr(layer, matrix)[adapter].weight.detach() for matrix in _MATRICES]
-        weights = [pad(weight, (0, 0, 0, r - spec.r, 0, count)) for weight in old]
+        weights = [pad(weight, (0, 0, 0, r - spec.r, 0, count)) for weight in experts_of(layer, adapter)]
         made[layer] = replace(spec, r=r, lora_alpha=r), weights
     for layer, (spec, weights) in made.items():
         layer.molora_specs[adapter][""] = spec
@@ -100,6 +116,7 @@ def make_places(runtime: Runtime, adapter: str, config: Any, count: int, ranks: 
 
 
 def routers_of(runtime: Runtime, adapter: str) -> dict[str, Any]:
+    """The routers of an adapter, by name."""
     return {site.name: site.router for site in runtime.sites if site.adapter == adapter and site.owner is not None}
 
 
@@ -126,8 +143,8 @@ def forget_use(runtime: Runtime, adapter: str) -> None:
             runtime.window.counts.pop(number, None)
 
 
-def copy(changes: Changes) -> None:
-    """The second tensor of each pair into the first, in few launches."""
+def apply_changes(changes: Changes) -> None:
+    """Copies, in few launches."""
     for dtype in {old.dtype for old, _ in changes}:
         pairs = [(old, new) for old, new in changes if old.dtype == dtype]
         torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
