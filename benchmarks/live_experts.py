@@ -5,7 +5,7 @@
 A Llama of 8B shape with random weights and four random LoRAs (rank 16, all linears) behind an arrow router is served,
 with so many places for experts more. A client of another process keeps so many streams busy while nothing else happens
 ("before"), while the experts are added one after the other over HTTP ("during"), and then again ("after", with all of
-them). "paused_ms" is how long no forward could run for the sake of one expert. Bars: no request fails,
+them). "paused_ms" is what one expert's pause takes, with the wait for the forward that runs. Bars: no request fails,
 and the 99th percentile of the inter-token latency during is at most 1.20 of before. --tiny is a small Llama, for a CPU.
 Prints JSON; --keep writes results/live_experts-<device>.json beside itself.
 """
@@ -175,7 +175,8 @@ def main() -> None:
     found = measure(options)
     command = f"python benchmarks/live_experts.py --experts {options.experts} --places {options.places}"
     command += f" --streams {options.streams}"
-    command += f" --layers {options.layers}" * (options.layers != 32) + " --tiny" * options.tiny + " --keep"
+    command += f" --layers {options.layers}" * (options.layers != 32) + f" --seconds {options.seconds:g}"
+    command += " --tiny" * options.tiny + " --keep"
     result = {"schema": SCHEMA, "command": command, **environment(), **found, "bars": bars(found["phases"])}
     result["seconds"] = time.perf_counter() - began
     print(json.dumps(result, indent=1))
