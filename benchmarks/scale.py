@@ -43,20 +43,13 @@ def peft_config(subject: str) -> Any:
     )
 
 
-def deepspeed_config(stage: int) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True}
-    if stage == 3:
-        sizes = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
-        zero |= dict.fromkeys(sizes, "auto")
-    return {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "bf16": {"enabled": "auto"},
-        "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-    }
+def deepspeed_config(stage: int, changes: list[str]) -> dict[str, Any]:
+    """What ``molora train --deepspeed zero2`` (or zero3) takes, with changes ``key=JSON`` to its zero_optimization."""
+    from molora.train.engine import CONFIGS
+
+    config: dict[str, Any] = json.loads(CONFIGS[f"zero{stage}"].read_text(encoding="utf-8"))
+    config["zero_optimization"] |= {key: json.loads(value) for key, value in (c.split("=", 1) for c in changes)}
+    return config
 
 
 def llama_config(options: argparse.Namespace) -> Any:
@@ -115,7 +108,7 @@ def worker(options: argparse.Namespace) -> None:
         use_cpu=not on_gpu,
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        deepspeed=deepspeed_config(options.stage),
+        deepspeed=deepspeed_config(options.stage, options.zero),
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
@@ -198,6 +191,7 @@ def launch(options: argparse.Namespace, cell: tuple[str, int, int], first: int, 
     for name in ("rows", "length", "steps", "warmup"):
         command += [f"--{name}", str(getattr(options, name))]
     command += ["--tiny"] if options.tiny else []
+    command += ["--zero", *options.zero]
     visible = ",".join(str(first + i) for i in range(gpus))
     log = out.with_suffix(".log").open("w")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": "4"}
@@ -236,6 +230,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, help="GPUs that there are; the most of --gpus if left out")
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS)
+    parser.add_argument("--zero", nargs="*", default=[], metavar="KEY=JSON", help="changes to zero_optimization")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rows", type=int, default=4, help="sequences on each GPU")
     parser.add_argument("--length", type=int, default=2048)

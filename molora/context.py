@@ -61,7 +61,7 @@ class Runtime:
         self.given_weight: float | None = None
         self.warned = False
         self.read_labels = False
-        self.gathers = False
+        self.gathers = False  # whether ZeRO-3 holds the model, whose blocks then gather what is used inside them
         self.recorder: Any = None
         self._reset()
 
@@ -102,7 +102,7 @@ class Runtime:
         Args:
             observe: gets (runtime, output, labels, kwargs) of a training forward and returns the output.
             verify: gets the model before the first forward after adapters were loaded past PEFT's own functions.
-            gather: gets the model before its forwards until it has found that ZeRO-3 holds it.
+            gather: gets the model before each forward, and says whether ZeRO-3 holds it.
         """
         self._observe, self._verify, self._gather = observe, verify, gather
         self.model = weakref.ref(model)
@@ -148,7 +148,7 @@ class Runtime:
         if not torch.compiler.is_compiling():
             if self.unverified:
                 self._verify(model, self)
-            self.gathers = self.gathers or self._gather(model)
+            self.gathers = self._gather(model)
             if model.training:
                 self._refuse_checkpointing(model)
             self.model = weakref.ref(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -76,14 +76,14 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
 
 
-def is_plain_linear(base: nn.Module, gathered: bool = False) -> bool:
+def is_plain_linear(base: nn.Module) -> bool:
     """Whether a frozen linear is nothing but a matrix product: of its kind exactly, unhooked, not replaced.
 
     Its output is then a fresh tensor, and so is the gradient of its input. Subclasses (8-bit linears) may return views,
-    hooks may keep what they see. A 4-bit linear counts as plain (`is_linear_4bit`). For `gathered` see `is_hooked`.
+    hooks may keep what they see. A 4-bit linear counts as plain (`is_linear_4bit`).
     """
     known = type(base) in (nn.Linear, Conv1D) or is_linear_4bit(base)
-    return known and not is_hooked(base, gathered) and "forward" not in vars(base)
+    return known and not is_hooked(base) and "forward" not in vars(base)
 
 
 def is_fresh(out: Tensor, x: Tensor) -> bool:
@@ -128,7 +128,6 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         self.molora_sites: dict[str, int] = {}
         self.molora_shared: dict[str, SharedRouting] = {}
         self.molora_early: set[str] = set()
-        self.molora_gathers = False  # whether ZeRO-3 puts `parameters_to_gather` together around this layer's forward
         self.molora_router = nn.ModuleDict()
         self.parts = parts
         for part in parts:
@@ -186,19 +185,6 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
             if not any(p.is_meta for p in entries[adapter_name].parameters()):
                 entries[adapter_name].to(device)
 
-    def parameters_to_gather(self) -> Iterator[nn.Parameter]:
-        """What this layer's forward reads, beside what modules inside it are called for."""
-        for container in self.adapter_layer_names:
-            yield from getattr(self, container).parameters()
-        for shared in self.molora_shared.values():
-            if shared.owner is not None:
-                yield from shared.owner.molora_router.parameters()
-
-    def call(self, part: nn.Module, *args: Any) -> Any:
-        """``part(*args)``, without the hooks of ZeRO-3 where these have nothing to do."""
-        bare = self.molora_gathers and not is_hooked(part, True)
-        return part.forward(*args) if bare else part(*args)
-
     def to_base_dtype(self, adapter: str) -> None:
         """Rounds an adapter to the dtype the base linear computes in."""
         dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
@@ -215,7 +201,7 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
             return self.route(adapter, x, logits)
         assert shared.owner is not None
         if adapter in self.molora_early:
-            alike: Routing = self.call(shared.owner.molora_router[adapter], x.flatten(0, -2))
+            alike: Routing = shared.owner.molora_router[adapter](x.flatten(0, -2))
             return steered(alike, self.molora_runtime.current_inputs().steering)
         name = self.molora_runtime.sites[shared.owner.molora_sites[adapter]].name
         return shared.get(adapter, x, self.molora_runtime.current_inputs().embeddings.get(name, x), logits)
@@ -239,7 +225,7 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         sequence = None if inputs.sequence is None else inputs.sequence.to(hidden.device)
         tokens = Tokens(rows, mask, labels, inputs.embeddings.get(site.name), logits, sequence)
         by = None if selection.requested(runtime.kernel) == "reference" else fast_route
-        routing: Routing = self.call(router, hidden, tokens, self.training, by)
+        routing: Routing = router(hidden, tokens, self.training, by)
         if routing.stats is not None:
             gates = attach(runtime, self.molora_sites[adapter], routing.gates, routing.stats)
             routing = routing._replace(gates=gates)
@@ -275,8 +261,8 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         spec = self.molora_specs[adapter].get(part)
         if spec is None:
             return None
-        A: Tensor = self.call(getattr(self, f"molora_A{part}")[adapter])
-        B: Tensor = self.call(getattr(self, f"molora_B{part}")[adapter])
+        A: Tensor = getattr(self, f"molora_A{part}")[adapter]()
+        B: Tensor = getattr(self, f"molora_B{part}")[adapter]()
         experts = Projection(A, B, spec.scaling)
         return preconditioned(experts) if spec.riemannian and self._learns else experts
 
@@ -295,7 +281,7 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
 
     def reads_experts(self, adapter: str, part: str) -> bool:
         """Whether this layer's forward can read the expert parameters at any time."""
-        return self.molora_gathers or self.has_whole_experts(adapter, part)
+        return self.molora_runtime.gathers or self.has_whole_experts(adapter, part)
 
     def has_whole_experts(self, adapter: str, part: str) -> bool:
         """Whether the expert parameters can be read outside of this layer's forward: not offloaded nor partitioned."""

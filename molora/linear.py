@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -81,11 +80,7 @@ class MixedLinear(MoloraLayer):
     @property
     def base_is_plain(self) -> bool:
         """See `is_plain_linear`."""
-        return is_plain_linear(self.base_layer, self.molora_gathers)
-
-    def parameters_to_gather(self) -> Iterator[nn.Parameter]:
-        yield from super().parameters_to_gather()
-        yield from self.base_layer.parameters()
+        return is_plain_linear(self.base_layer)
 
     def takes_part(self, adapter: str) -> bool:
         """Whether this layer's experts run now, so that another may read the input for them."""
@@ -111,7 +106,7 @@ class MixedLinear(MoloraLayer):
                 continue
             onto = out.new_zeros(*out.shape[:-1], what.experts.B.shape[2])
             mixed = self._add(adapter, x, what, onto, True)
-            basis: Tensor = self.call(self.molora_U[adapter])
+            basis: Tensor = self.molora_U[adapter]()
             out = out + mixed @ basis[0].to(out.dtype)
         return out
 

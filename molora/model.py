@@ -22,7 +22,7 @@ from molora.kernels import selection
 from molora.layers import NOT_MERGEABLE, MoloraLayer
 from molora.linear import MixedLinear
 from molora.loading import base_fingerprint, check_state_dict, verify_loaded
-from molora.partitioned import gather_with_layers
+from molora.partitioned import gather_by_block
 from molora.plan import FFNPlan, LinearPlan, plan_conversion
 from molora.prompts import prompts, retrieval_site
 from molora.prototypes import set_prototypes
@@ -63,8 +63,7 @@ class MoloraModel(BaseTuner):
         fresh = runtime is None
         self._runtime: Runtime = runtime or Runtime()
         if fresh:
-            self._runtime.install(model, observe_output, verify_loaded, partial(gather_with_layers, kind=MoloraLayer))
-        self._runtime.gathers = False
+            self._runtime.install(model, observe_output, verify_loaded, partial(gather_by_block, kind=MoloraLayer))
         targets, excluded = config.target_modules, config.exclude_modules
         config.exclude_modules = None  # the plan has left them out; PEFT would warn that it found none to exclude
         try:

@@ -1,11 +1,12 @@
 """DeepSpeed ZeRO-3: parameters lie in parts, and hooks around the call of a module put together those that it uses.
 
-These hooks cost the host more than a mixture needs for the rest of its work. So a mixture layer is made to gather what
-all of its parts use when it is called itself, and runs those parts without hooks.
+These hooks run on the host for every module, four times a step, and take longer than a GPU does for the rest. So each
+decoder layer is made to gather at once all that is used inside it, and DeepSpeed's hooks inside it are taken off.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -13,31 +14,55 @@ from torch import nn
 if TYPE_CHECKING:
     from molora.layers import MoloraLayer
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_ENGINE = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")  # the second is a wrapper around functions of the first
 
-def gather_with_layers(model: nn.Module, kind: type[MoloraLayer]) -> bool:
-    """Makes the layers of this kind gather for all of their parts; False where ZeRO-3 has no hooks on the model."""
+
+def gather_by_block(model: nn.Module, kind: type[MoloraLayer]) -> bool:
+    """Makes the blocks with layers of this kind gather for all inside them; False where ZeRO-3 does not hold the model.
+
+    To be called before each forward: who puts hooks back (TRL does, around generation) finds them gone again.
+    """
     if not hasattr(model, "ds_id"):
         return False
     from deepspeed import zero
 
-    for layer in model.modules():
-        if isinstance(layer, kind):
-            for parameter in layer.parameters_to_gather():
-                zero.register_external_parameter(layer, parameter)
-            layer.molora_gathers = True
+    for block in _blocks(model, kind):
+        if sum([_unhook(part) for part in block.modules() if part is not block]):
+            for parameter in _used_inside(block, kind):
+                zero.register_external_parameter(block, parameter)
     return True
 
 
-def is_hooked(module: nn.Module, gathered: bool = False) -> bool:
-    """Whether a call of `module` does more than its forward.
+def _blocks(module: nn.Module, kind: type[MoloraLayer]) -> Iterator[nn.Module]:
+    """The entries of the outermost nn.ModuleLists, as decoder layers are, that hold layers of `kind`; others alone."""
+    for child in module.children():
+        if isinstance(child, kind):
+            for read in getattr(child, "molora_reads", {}).values():
+                read.apart = True  # what it gathers is for itself
+        if any(isinstance(part, kind) for part in child.modules()):
+            yield from [child] if isinstance(module, nn.ModuleList) or isinstance(child, kind) else _blocks(child, kind)
 
-    Args:
-        gathered: whether its parameters are together anyway, so that DeepSpeed's hooks do not count.
-    """
-    if nn.modules.module._has_any_global_hook():
-        return True
-    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
-        for hook in hooks.values():
-            if not (gathered and hook.__module__.startswith("deepspeed.")):
-                return True
-    return False
+
+def _used_inside(block: nn.Module, kind: type[MoloraLayer]) -> Iterator[nn.Parameter]:
+    yield from block.parameters()
+    for layer in block.modules():
+        if isinstance(layer, kind):
+            for shared in layer.molora_shared.values():
+                if shared.owner is not None:  # may lie in another block
+                    yield from shared.owner.molora_router.parameters()
+
+
+def _unhook(module: nn.Module) -> bool:
+    """Takes ZeRO's hooks off a module; whether there were any."""
+    before = sum(len(getattr(module, kind)) for kind in _HOOKS)
+    for kind in _HOOKS:
+        hooks = getattr(module, kind)
+        for number in [n for n, hook in hooks.items() if hook.__module__.startswith(_ENGINE)]:
+            del hooks[number]
+    return before > sum(len(getattr(module, kind)) for kind in _HOOKS)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of `module` does more than its forward."""
+    return nn.modules.module._has_any_global_hook() or any(getattr(module, kind) for kind in _HOOKS)

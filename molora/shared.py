@@ -126,7 +126,7 @@ class SharedRead:
         if reading is None or not reading.serves(layer, x):
             # A linear that has had its part begins a new pass; one that waits for its part of another tensor is apart.
             self.apart = self.apart or (reading is not None and layer in reading.waiting and reading.x is not x)
-            alone = self.apart or layer.molora_gathers or layer not in self.members
+            alone = self.apart or layer not in self.members
             waiting = [layer] if alone else [m for m in self.members if m.takes_part(adapter)]
             reading = self.of_thread[_thread()] = _Reading(x, waiting)
         return reading.input.x

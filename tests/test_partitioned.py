@@ -1,4 +1,4 @@
-"""Mixture layers that gather for their parts under ZeRO-3: what is registered, and whose hooks run."""
+"""Blocks that gather for all inside them under ZeRO-3: what is registered, and whose hooks run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from torch import Tensor, nn
 
 from molora.layers import MoloraLayer
 from molora.linear import MixedLinear
-from molora.partitioned import gather_with_layers, is_hooked
+from molora.partitioned import gather_by_block, is_hooked
 
 
 def engines_hook(module: nn.Module, *args: Any) -> None:
     raise AssertionError(f"a hook of the engine ran for {type(module).__name__}")
 
 
-engines_hook.__module__ = "deepspeed.runtime"
+def blocks_hook(module: nn.Module, *args: Any) -> None:
+    pass
+
+
+engines_hook.__module__ = blocks_hook.__module__ = "deepspeed.runtime.zero.parameter_offload"
 
 
 @pytest.fixture
@@ -28,56 +32,89 @@ def gathered() -> dict[nn.Module, list[nn.Parameter]]:
 
 
 @pytest.fixture
-def model(gathered: dict[nn.Module, list[nn.Parameter]], monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """A mixture as an engine leaves it: numbers and hooks on modules."""
+def zero(gathered: dict[nn.Module, list[nn.Parameter]], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """DeepSpeed, told of parameters that a module uses beside its own."""
     zero = pytest.importorskip("deepspeed").zero
     monkeypatch.setattr(zero, "register_external_parameter", lambda m, p: gathered.setdefault(m, []).append(p))
+    return zero
+
+
+@pytest.fixture
+def model(zero: Any) -> nn.Module:
     torch.manual_seed(0)
     return get_peft_model(base_model("llama"), config("block", init_lora_weights=False)).train()
 
 
-def as_held(model: nn.Module) -> None:
+def hold(model: nn.Module) -> None:
     for number, module in enumerate(model.modules()):
         module.ds_id = number  # type: ignore[assignment]
-    for layer in model.modules():
-        if isinstance(layer, MixedLinear):
-            for part in layer.modules():
-                if part is not layer:
-                    part.register_forward_pre_hook(engines_hook)
+        module.register_forward_pre_hook(engines_hook if inside_a_block(model, module) else blocks_hook)
 
 
-def test_layers_gather_for_their_parts(model: nn.Module, gathered: dict[nn.Module, list[nn.Parameter]]) -> None:
+def inside_a_block(model: nn.Module, module: nn.Module) -> bool:
+    return any(module is part for block in blocks(model) for part in block.modules() if part is not block)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    return list(model.get_base_model().model.layers)  # type: ignore[operator]
+
+
+def test_blocks_gather_for_all_inside_them(model: nn.Module, gathered: dict[nn.Module, list[nn.Parameter]]) -> None:
     want = model(**batch()).logits
-    assert not gathered and not any(m.molora_gathers for m in model.modules() if isinstance(m, MoloraLayer))
-    as_held(model)
+    assert not gathered
+    hold(model)
     assert torch.equal(model(**batch()).logits, want)
-    layers = [m for m in model.modules() if isinstance(m, MixedLinear)]
-    assert set(gathered) == set(layers)
-    for layer in layers:
-        shared = layer.molora_shared.get("default")
-        routers = [] if shared is None or shared.owner is None else list(shared.owner.molora_router.parameters())
-        assert {*map(id, layer.parameters()), *map(id, routers)} == set(map(id, gathered[layer]))
-    counts = {layer: len(own) for layer, own in gathered.items()}
+    assert set(gathered) == set(blocks(model))
+    for block, own in gathered.items():
+        assert set(map(id, own)) == set(map(id, block.parameters()))
+    counts = {block: len(own) for block, own in gathered.items()}
     model(**batch())
-    assert counts == {layer: len(own) for layer, own in gathered.items()}, "registered once"
+    assert counts == {block: len(own) for block, own in gathered.items()}, "registered once"
+    assert all(m.base_is_plain for m in model.modules() if isinstance(m, MixedLinear))
 
 
-def test_hooks_of_others_run(model: nn.Module) -> None:
-    as_held(model)
-    layer = next(m for m in model.modules() if isinstance(m, MixedLinear) and m.molora_router)
-    seen: list[type[nn.Module]] = []
+def test_hooks_that_are_put_back_go_again(model: nn.Module) -> None:
+    hold(model)
+    model(**batch())
+    for module in model.modules():
+        if inside_a_block(model, module):
+            module.register_forward_pre_hook(engines_hook)
+    model(**batch())
+
+
+def test_hooks_of_others_stay(model: nn.Module) -> None:
+    seen: list[nn.Module] = []
 
     def look(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-        seen.append(type(module))
+        seen.append(module)
 
-    for part in (layer.base_layer, layer.molora_router["default"], layer.molora_A["default"]):
-        part._forward_pre_hooks.clear()  # the engine's, which would run with them
+    layer = next(m for m in model.modules() if isinstance(m, MixedLinear) and m.molora_router)
+    parts = [layer.base_layer, layer.molora_router["default"], layer.molora_A["default"]]
+    for part in parts:
         part.register_forward_hook(look)
+    hold(model)
     model(**batch())
-    assert len(seen) == 3
-    assert is_hooked(layer.base_layer, True) and not layer.base_is_plain
+    assert set(seen) == set(parts)
+    assert is_hooked(layer.base_layer) and not layer.base_is_plain
+
+
+def test_layers_outside_every_block_gather_for_themselves(model: nn.Module, gathered: dict[nn.Module, Any]) -> None:
+    attention = blocks(model)[0].self_attn
+    for number, module in enumerate(attention.modules()):
+        module.ds_id = number  # type: ignore[assignment]
+    layers = [m for m in attention.modules() if isinstance(m, MixedLinear)]
+    for part in (part for layer in layers for part in layer.modules() if part is not layer):
+        part.register_forward_pre_hook(engines_hook)
+    assert gather_by_block(attention, MoloraLayer)
+    assert set(gathered) == set(layers)
+    for layer, own in gathered.items():
+        shared = layer.molora_shared.get("default")
+        routers = [] if shared is None or shared.owner is None else list(shared.owner.molora_router.parameters())
+        assert {*map(id, layer.parameters()), *map(id, routers)} == set(map(id, own))
+        assert layer.molora_reads["default"].apart
+    model(**batch())
 
 
 def test_models_without_an_engine_are_left_alone(model: nn.Module, gathered: dict[nn.Module, Any]) -> None:
-    assert not gather_with_layers(model, MoloraLayer)
+    assert not gather_by_block(model, MoloraLayer)
     assert not gathered

@@ -49,6 +49,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from molora.kernels import selection
 from molora.layers import MoloraLayer
+from molora.partitioned import is_hooked
 from molora.train.checkpoint import AtomicTrainer
 
 
@@ -218,8 +219,9 @@ def run_cell(cell: dict[str, Any], base_dir: str, world: int) -> float:
         capture.trainer = trainer
         trainer.train()
     assert len(capture.steps) == 2
-    gathers = {m.molora_gathers for m in trainer.model.modules() if isinstance(m, MoloraLayer)}
-    assert gathers == {cell["stage"] == 3}, "layers gather for their parts under ZeRO-3, and nowhere else"
+    hooked = [m for m in trainer.model.modules() if isinstance(m, MoloraLayer) and is_hooked(m)]
+    gathers = {m.molora_runtime.gathers for m in trainer.model.modules() if isinstance(m, MoloraLayer)}
+    assert gathers == {cell["stage"] == 3} and not hooked, "blocks gather under ZeRO-3, and nowhere else"
     return max(relative_error(got, want) for got in capture.steps)
 
 
