@@ -28,7 +28,7 @@ class _Expand(torch.autograd.Function):
     ) -> Tensor:
         with no_autocast(out.device):
             B_cat = B.flatten(0, 1).to(out.dtype)
-            ranks, kept = gate_ranks(shrunk, gates, len(B_cat), scaling, out.dtype)
+            ranks, kept = gate_ranks(shrunk, gates, B_cat.shape[0], scaling, out.dtype)
             # B as it was multiplied with: half an fp32 parameter's memory, and no second cast.
             ctx.save_for_backward(kept, gates, B_cat)
             ctx.B_shape, ctx.B_dtype = B.shape, B.dtype

@@ -44,13 +44,13 @@ def tile_shape(logits: Tensor) -> dict[str, int]:
 
 
 def new_ids(logits: Tensor, top_k: int) -> Tensor:
-    return torch.empty(len(logits), top_k, dtype=torch.int64, device=logits.device)
+    return torch.empty(logits.shape[0], top_k, dtype=torch.int64, device=logits.device)
 
 
 def new_sums(logits: Tensor, size: int, block_t: int) -> Tensor:
     """(programs, S) fp32 for the sums of every program's tokens; zeros where there are no tokens."""
-    sums = torch.empty(max(1, blocks(len(logits), block_t)), size, device=logits.device)
-    return sums if len(logits) else sums.zero_()
+    sums = torch.empty(max(1, blocks(logits.shape[0], block_t)), size, device=logits.device)
+    return sums if logits.shape[0] else sums.zero_()
 
 
 def means(sums: Tensor, unmasked: tuple[int, int] = (0, 0)) -> Tensor:
@@ -81,14 +81,14 @@ class _TopK(torch.autograd.Function):
         gates, ids = torch.empty_like(logits), new_ids(logits, options.top_k)
         sums = new_sums(logits, size, shape["BLOCK_T"])
         mask_losses = options.mask_losses and mask is not None
-        if len(logits):
-            gates_kernels.top_k_fwd_kernel[(len(sums),)](
+        if logits.shape[0]:
+            gates_kernels.top_k_fwd_kernel[(sums.shape[0],)](
                 logits,
                 logits if mask is None else mask,
                 gates,
                 ids,
                 sums,
-                len(logits),
+                logits.shape[0],
                 options.temperature,
                 K=options.top_k,
                 S=size,
@@ -118,8 +118,8 @@ class _TopK(torch.autograd.Function):
         has_stats = options.with_stats and grad_stats is not None
         if grad_gates is None:
             grad_gates = torch.zeros_like(logits)
-        if len(logits):
-            gates_kernels.top_k_bwd_kernel[(blocks(len(logits), shape["BLOCK_T"]),)](
+        if logits.shape[0]:
+            gates_kernels.top_k_bwd_kernel[(blocks(logits.shape[0], shape["BLOCK_T"]),)](
                 logits,
                 logits if mask is None else mask,
                 grad_gates.contiguous(),
@@ -127,7 +127,7 @@ class _TopK(torch.autograd.Function):
                 grad_stats.contiguous() if has_stats and grad_stats is not None else stats,
                 grad,
                 ids,
-                len(logits),
+                logits.shape[0],
                 options.temperature,
                 K=options.top_k,
                 NORM=options.norm,
@@ -149,15 +149,15 @@ class _RankWise(torch.autograd.Function):
         E, size = shape["E"], 5 + 2 * shape["E"]
         gates, ids = torch.empty_like(logits), new_ids(logits, options.top_k)
         sums = new_sums(logits, size, shape["BLOCK_T"])
-        if len(logits):
-            gates_kernels.rank_wise_fwd_kernel[(len(sums),)](
+        if logits.shape[0]:
+            gates_kernels.rank_wise_fwd_kernel[(sums.shape[0],)](
                 logits,
                 bias_steps,
                 logits if mask is None else mask,
                 gates,
                 ids,
                 sums,
-                len(logits),
+                logits.shape[0],
                 options.rate,
                 K=options.top_k,
                 S=size,
@@ -186,14 +186,14 @@ class _RankWise(torch.autograd.Function):
         options: _Options = ctx.options
         shape = tile_shape(logits)
         grad = torch.empty_like(logits)
-        if len(logits):
-            gates_kernels.rank_wise_bwd_kernel[(blocks(len(logits), shape["BLOCK_T"]),)](
+        if logits.shape[0]:
+            gates_kernels.rank_wise_bwd_kernel[(blocks(logits.shape[0], shape["BLOCK_T"]),)](
                 logits,
                 bias_steps,
                 grad_gates.contiguous(),
                 grad,
                 ids,
-                len(logits),
+                logits.shape[0],
                 options.rate,
                 K=options.top_k,
                 BIAS_IN_GATES=options.bias_in_gates,

@@ -99,7 +99,7 @@ class _Options(NamedTuple):
 
 def _pack(experts: Sequence[Tensor], routers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """(n, D) in `dtype`: experts, routers, what rounding the routers' weights has left, zeros up to the alignment."""
-    num_ranks, num_gates = sum(map(len, experts)), sum(map(len, routers))
+    num_ranks, num_gates = sum(m.shape[0] for m in experts), sum(m.shape[0] for m in routers)
     split = dtype in (torch.bfloat16, torch.half) and any(w.dtype != dtype for w in routers)
     rows = num_ranks + num_gates * (2 if split else 1)
     like = [*experts, *routers][0]
@@ -107,13 +107,13 @@ def _pack(experts: Sequence[Tensor], routers: Sequence[Tensor], dtype: torch.dty
         return torch.cat([*experts, *routers])
     packed = like.new_empty(rows + -rows % ALIGNMENT, like.shape[1], dtype=dtype)
     if experts:
-        torch._foreach_copy_(packed[:num_ranks].split([len(m) for m in experts]), list(experts))
+        torch._foreach_copy_(packed[:num_ranks].split([m.shape[0] for m in experts]), list(experts))
     if routers:
         weight = routers[0] if len(routers) == 1 else torch.cat([w.float() for w in routers])
         rounded = packed[num_ranks : num_ranks + num_gates].copy_(weight)
         if split:
             torch.sub(weight, rounded, out=packed[num_ranks + num_gates : rows])
-    if rows < len(packed):
+    if rows < packed.shape[0]:
         packed[rows:] = 0
     return packed
 
@@ -129,7 +129,7 @@ class _Shrink(torch.autograd.Function):
             if options.dropout:
                 inputs = inputs * dropout_mask(x, options.dropout, options.seed).flatten(0, -2).to(dtype)
             flat = [m.flatten(0, -2) for m in matrices]  # in here, where autograd does not see it
-            sizes = [len(m) for m in flat]
+            sizes = [m.shape[0] for m in flat]
             wide_dtype = torch.float32 if x.is_cuda and dtype != torch.float64 else dtype
             packed = _pack(flat[:n], flat[n:], dtype)
             wide = product(inputs, packed.T, wide_dtype)

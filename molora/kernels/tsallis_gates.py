@@ -6,6 +6,7 @@ What `routers/tsallis.py` computes by plain PyTorch, with its gradients; that is
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -30,17 +31,19 @@ class _Options(NamedTuple):
     mask_losses: bool
     mask_entropy: bool
 
-    def entropy(self, num_experts: int) -> dict[str, Any]:
-        """What the kernels are told of H: its index, and the factor that ends its computation, over its maximum."""
-        q, factor, largest = self.q, 1.0, math.log(num_experts)
-        if q != 1 and self.renyi:
-            factor = 1 / (1 - q)
-        elif q != 1:
-            factor = 1 / (q - 1)
-            largest = (1 - num_experts ** (1 - q)) / (q - 1)
-        if num_experts > 1:
-            factor /= largest
-        return {"Q": float(q), "EPS": float(self.eps), "RENYI": self.renyi, "SCALE": factor}
+
+@functools.cache
+def _entropy(options: _Options, num_experts: int) -> dict[str, Any]:
+    """What the kernels are told of H: its index, and the factor that ends its computation, over its maximum."""
+    q, factor, largest = options.q, 1.0, math.log(num_experts)
+    if q != 1 and options.renyi:
+        factor = 1 / (1 - q)
+    elif q != 1:
+        factor = 1 / (q - 1)
+        largest = (1 - num_experts ** (1 - q)) / (q - 1)
+    if num_experts > 1:
+        factor /= largest
+    return {"Q": float(q), "EPS": float(options.eps), "RENYI": options.renyi, "SCALE": factor}
 
 
 class _Tsallis(torch.autograd.Function):
@@ -51,15 +54,13 @@ class _Tsallis(torch.autograd.Function):
         shape = tile_shape(logits)
         E, size = shape["E"], 6 + 4 * shape["E"]
         gates, sums = torch.empty_like(logits), new_sums(logits, size, shape["BLOCK_T"])
-        if mask is None:
-            options = options._replace(mask_losses=False, mask_entropy=False)
-        if len(logits):
-            tsallis_gates_kernels.tsallis_fwd_kernel[(len(sums),)](
+        if logits.shape[0]:
+            tsallis_gates_kernels.tsallis_fwd_kernel[(sums.shape[0],)](
                 logits,
                 logits if mask is None else mask,
                 gates,
                 sums,
-                len(logits),
+                logits.shape[0],
                 S=size,
                 THRESHOLD=options.threshold,
                 TOP_P=options.top_p,
@@ -71,7 +72,7 @@ class _Tsallis(torch.autograd.Function):
                 MASK_LOSSES=options.mask_losses,
                 MASK_ENTROPY=options.mask_entropy,
                 ENTROPY=math.log(max(E, 2)),
-                **options.entropy(E),
+                **_entropy(options, E),
                 **shape,
             )
         own = 5 + 2 * E
@@ -97,8 +98,8 @@ class _Tsallis(torch.autograd.Function):
         has_stats = options.with_stats and grad_stats is not None
         if grad_gates is None:
             grad_gates = torch.zeros_like(logits)
-        if len(logits):
-            tsallis_gates_kernels.tsallis_bwd_kernel[(blocks(len(logits), shape["BLOCK_T"]),)](
+        if logits.shape[0]:
+            tsallis_gates_kernels.tsallis_bwd_kernel[(blocks(logits.shape[0], shape["BLOCK_T"]),)](
                 logits,
                 logits if mask is None else mask,
                 gates,
@@ -106,12 +107,12 @@ class _Tsallis(torch.autograd.Function):
                 stats,
                 grad_stats.contiguous() if has_stats and grad_stats is not None else stats,
                 grad,
-                len(logits),
+                logits.shape[0],
                 NORM=options.norm_topk_prob,
                 STATS=has_stats,
                 MASK_LOSSES=options.mask_losses,
                 MASK_ENTROPY=options.mask_entropy,
-                **options.entropy(shape["E"]),
+                **_entropy(options, shape["E"]),
                 **shape,
             )
         return grad, None, None
@@ -160,8 +161,8 @@ def tsallis_gates(
         include_crossing,
         norm_topk_prob,
         with_stats,
-        mask_losses,
-        mask_entropy,
+        mask_losses and mask is not None,
+        mask_entropy and mask is not None,
     )
     gates, stats = apply(_Tsallis, logits.contiguous(), None if mask is None else mask.contiguous(), options)
     return gates, stats if with_stats else None
