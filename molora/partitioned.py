@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from molora.layers import MoloraLayer
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_ENGINE = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")  # the second is a wrapper around functions of the first
+# Where those that gather and release are made. The second wraps functions of the first; what reduces the gradients of
+# DeepSpeed's own leaf modules is of neither, and stays.
+_ENGINE = ("deepspeed.runtime.zero.parameter_offload", "deepspeed.utils.nvtx")
 
 
 def gather_by_block(model: nn.Module, kind: type[MoloraLayer]) -> bool:
@@ -58,7 +60,7 @@ def _unhook(module: nn.Module) -> bool:
     before = sum(len(getattr(module, kind)) for kind in _HOOKS)
     for kind in _HOOKS:
         hooks = getattr(module, kind)
-        for number in [n for n, hook in hooks.items() if hook.__module__.startswith(_ENGINE)]:
+        for number in [n for n, hook in hooks.items() if (hook.__module__ or "").startswith(_ENGINE)]:
             del hooks[number]
     return before > sum(len(getattr(module, kind)) for kind in _HOOKS)
 

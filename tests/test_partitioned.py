@@ -98,6 +98,21 @@ def test_hooks_of_others_stay(model: nn.Module) -> None:
     assert is_hooked(layer.base_layer) and not layer.base_is_plain
 
 
+def test_hooks_that_reduce_gradients_of_leaf_modules_stay(model: nn.Module) -> None:
+    """And a hook that is a method of C, which is of no module."""
+
+    def reduces(module: nn.Module, *args: Any) -> None:
+        pass
+
+    reduces.__module__ = "deepspeed.runtime.zero.stage3"
+    mlp = blocks(model)[0].mlp
+    mlp.register_full_backward_hook(reduces)
+    mlp.register_forward_pre_hook({}.setdefault)
+    hold(model)
+    model(**batch())
+    assert reduces in mlp._backward_hooks.values() and len(mlp._forward_pre_hooks) == 1
+
+
 def test_layers_outside_every_block_gather_for_themselves(model: nn.Module, gathered: dict[nn.Module, Any]) -> None:
     attention = blocks(model)[0].self_attn
     for number, module in enumerate(attention.modules()):
