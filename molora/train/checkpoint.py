@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 
 from molora.eval.disk import writing
 from molora.integrations.accelerate import use_fsdp_without_gpu
-from molora.integrations.deepspeed import load_gathered, save_gathered
+from molora.integrations.deepspeed import frozen_experts, load_gathered, save_gathered
 from molora.train.durable import keep_newest, last_whole_checkpoint, publish, sync, sync_directory, write_checksums
 from molora.train.optimizer import loraplus_optimizer
 from molora.train.sampling import LengthGroupedSampler, row_lengths
@@ -92,6 +92,11 @@ class AtomicTrainer(Trainer):
             self._load_optimizer_and_scheduler(checkpoint)
         self.when_prepared()
         return prepared
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if frozen := frozen_experts(self.model):
+            state_dict = frozen | (state_dict or {})
+        super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -105,6 +105,7 @@ CELLS = (
     + [
         _cell(2, "trainer", "non-reentrant", 2, placement="block") | {"optimizer": "riemannian-loraplus"},
         _cell(3, "trainer", "reentrant", 2, placement="linear") | {"optimizer": "riemannian-loraplus"},
+        _cell(3, "trainer", "none", 1, placement="linear") | {"saved": True},
     ]
 )
 
@@ -114,6 +115,7 @@ def _name(cell: dict[str, Any]) -> str:
     loaded = "-from_pretrained" if cell["from_pretrained"] else ""
     what = "{preset}-{over}".format(**cell).rstrip("-") if "preset" in cell else cell["placement"]
     what += f"-{cell['optimizer']}" if "optimizer" in cell else ""
+    what += "-saved" if "saved" in cell else ""
     what += "-as_on_gpu" if "as_on_gpu" in cell else ""
     return f"{engine}-" + "{trainer}-{checkpointing}-acc{accumulation}-".format(**cell) + what + loaded
 

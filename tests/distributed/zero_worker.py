@@ -42,8 +42,10 @@ from gradients import (
     token_weights,
     training_options,
 )
+from peft import get_peft_model, get_peft_model_state_dict
 from router_formulas import bias_step, chosen_counts, loads
-from tiny_models import preset_model
+from safetensors.torch import load_file
+from tiny_models import config, preset_model
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, TrainerCallback
 
@@ -256,6 +258,27 @@ def run_optimizer(cell: dict[str, Any], world: int) -> float:
     return max(relative_error(capture.steps[0], want), relative_error(moved, steps))
 
 
+def run_saved(cell: dict[str, Any]) -> float:
+    """Trains one step and saves: how far the frozen tensors of the adapter's file are from those it began with."""
+
+    def make_model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return get_peft_model(tiny_llama(), config("linear", freeze_experts=True, init_lora_weights=False))
+
+    want = get_peft_model_state_dict(make_model())
+    with tempfile.TemporaryDirectory() as folder:
+        options = training_options(1, cell["checkpointing"], 1, folder) | engine_options(cell["stage"])
+        trainer = make_trainer("trainer", make_model, micro_batches(2, "right"), options, AtomicTrainer)
+        trainer.train()
+        trainer.save_model(folder)
+        torch.distributed.barrier()
+        saved = load_file(Path(folder) / "adapter_model.safetensors") if trainer.args.should_save else want
+    assert saved.keys() == want.keys(), f"{sorted(saved.keys() ^ want.keys())[:3]} of {len(want)}"
+    frozen = {n: v for n, v in want.items() if "molora_A" in n or "molora_B" in n}
+    assert frozen and len(frozen) < len(want)
+    return relative_error({n: saved[n] for n in frozen}, frozen)
+
+
 @contextlib.contextmanager
 def as_on_gpu() -> Iterator[None]:
     """Layers ask, as on a GPU, whether their kernels may read parameters early; of partitioned ones they may not."""
@@ -271,7 +294,9 @@ def main() -> None:
         result: dict[str, Any] = {"cell": cell}
         try:
             with as_on_gpu() if cell.get("as_on_gpu") else contextlib.nullcontext():
-                if cell.get("optimizer"):
+                if cell.get("saved"):
+                    result["error"] = run_saved(cell)
+                elif cell.get("optimizer"):
                     result["error"] = run_optimizer(cell, world)
                 else:
                     preset = cell.get("preset")
