@@ -7,9 +7,9 @@ decoder layer is made to gather at once all that is used inside it, and DeepSpee
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from molora.layers import MoloraLayer
@@ -33,6 +33,8 @@ def gather_by_block(model: nn.Module, kind: type[MoloraLayer]) -> bool:
         if sum([_unhook(part) for part in block.modules() if part is not block]):
             for parameter in _used_inside(block, kind):
                 zero.register_external_parameter(block, parameter)
+            if _keep_count not in block._forward_hooks.values():
+                block.register_forward_hook(_keep_count)
     return True
 
 
@@ -44,6 +46,15 @@ def _blocks(module: nn.Module, kind: type[MoloraLayer]) -> Iterator[nn.Module]:
                 read.apart = True  # what it gathers is for itself
         if any(isinstance(part, kind) for part in child.modules()):
             yield from [child] if isinstance(module, nn.ModuleList) or isinstance(child, kind) else _blocks(child, kind)
+
+
+def _keep_count(block: nn.Module, args: Any, output: Any) -> None:
+    """Gives each backward its own count of inputs to wait for before the block lets go of its weights: DeepSpeed sets
+    the count anew in every forward, so that one forward between another and its backward kept all blocks together."""
+    first = output[0] if isinstance(output, (tuple, list)) else output
+    if isinstance(first, Tensor) and first.requires_grad:
+        waits_for = getattr(block, "ds_grads_remaining", 0)
+        first.register_hook(lambda _: setattr(block, "ds_grads_remaining", waits_for))
 
 
 def _used_inside(block: nn.Module, kind: type[MoloraLayer]) -> Iterator[nn.Parameter]:

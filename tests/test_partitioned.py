@@ -82,6 +82,24 @@ def test_hooks_that_are_put_back_go_again(model: nn.Module) -> None:
     model(**batch())
 
 
+def test_each_backward_waits_for_the_inputs_of_its_own_forward(model: nn.Module) -> None:
+    hold(model)
+    block = blocks(model)[1]
+    counted: list[int] = []
+    # As DeepSpeed does: counted anew before each forward, read behind each backward.
+    block.register_forward_pre_hook(lambda module, args: setattr(module, "ds_grads_remaining", len(counted) + 1))
+    block.register_full_backward_hook(lambda module, *grads: counted.append(module.ds_grads_remaining))
+    early = model(**batch()).loss
+    counted.append(0)
+    with torch.no_grad():
+        model(**batch())
+    assert block.ds_grads_remaining == 2
+    early.backward()
+    assert counted == [0, 1]
+    model(**batch())
+    assert sum("_keep_count" in str(hook) for hook in block._forward_hooks.values()) == 1
+
+
 def test_hooks_of_others_stay(model: nn.Module) -> None:
     seen: list[nn.Module] = []
 
