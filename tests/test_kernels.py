@@ -240,6 +240,14 @@ def test_inplace_writes_into_out(case: Case) -> None:
     assert_close({"out": result} | gradients([result], leaves, [upstream]), want, 1e-12)
 
 
+def test_a_result_can_be_added_to_in_place() -> None:
+    """As Falcon does to the output of its attention, whose linears are of a kind of their own."""
+    leaves = linear_leaves(CASES["mixed"])
+    result = linear(dense_masked.mixture_linear, leaves)
+    result += 1
+    result.sum().backward()
+
+
 def test_inplace_into_the_output_of_a_frozen_linear() -> None:
     leaves = linear_leaves(CASES["mixed"])
     W = torch.randn(11, 13, dtype=torch.float64)

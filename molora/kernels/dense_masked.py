@@ -34,7 +34,10 @@ class _Expand(torch.autograd.Function):
             ctx.B_shape, ctx.B_dtype = B.shape, B.dtype
             ctx.scaling, ctx.dtype = scaling, shrunk.dtype
             if not inplace:
-                return torch.addmm(out.flatten(0, -2), ranks, B_cat).view_as(out)
+                # No view, for the code behind a linear may add to its output in place (Falcon's does).
+                result = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+                torch.addmm(out.flatten(0, -2), ranks, B_cat, out=result.view(-1, out.shape[-1]))
+                return result
             ctx.mark_dirty(out)
             add_product_(out.view(-1, out.shape[-1]), ranks, B_cat.contiguous())
             return out

@@ -84,7 +84,7 @@ class _MixtureLinear(torch.autograd.Function):
             ctx.save_for_backward(x, gates, A, B, topk_ids, shrunk, factors, *plan)
             ctx.scaling, ctx.dropout, ctx.seed, ctx.ops = scaling, dropout, seed, ops
             if not inplace:
-                return (out.flatten(0, -2) + delta).view(out.shape)
+                return out + delta.view(out.shape)
             ctx.mark_dirty(out)
             out.view(delta.shape).add_(delta)
             return out
