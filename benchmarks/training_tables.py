@@ -11,7 +11,7 @@ from speed_tables import rows
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # In the order in which they were run.
-SCALE = ("scale", "scale_two_gpus_zero2", "scale_two_gpus_zero3", "scale_two_gpus_zero3_gathered")
+SCALE = ("scale_four_gpus", "scale_leaf_modules", "scale")
 
 
 def read(name: str) -> dict[str, Any]:
@@ -30,7 +30,8 @@ def scale() -> str:
         for row in sorted(run["rows"], key=lambda row: (row["stage"], row["gpus"])):
             step = f"{row['median_ms']:.0f} ({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
             speed = [f"{row['tokens_per_second_per_gpu']:.0f}", f"{row['mfu']:.1%}"]
-            cells = [row["subject"], f"ZeRO-{row['stage']}", str(row["gpus"]), step, *speed]
+            leaf = ", leaf modules" if any(word.startswith("leaf_module=") for word in run["command"]) else ""
+            cells = [row["subject"] + leaf, f"ZeRO-{row['stage']}", str(row["gpus"]), step, *speed]
             body.append([*cells, f"{row['peak_bytes'] / 2**30:.1f}", _run(run)])
     head = ["", "engine", "GPUs", "step, ms (20 to 80 %)", "tokens/s a GPU", "MFU", "peak GiB", "run"]
     return rows(head, *body)
