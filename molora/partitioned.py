@@ -24,6 +24,8 @@ def gather_by_block(model: nn.Module, kind: type[MoloraLayer]) -> bool:
     """Makes the blocks with layers of this kind gather for all inside them; False where ZeRO-3 does not hold the model.
 
     To be called before each forward: who puts hooks back (TRL does, around generation) finds them gone again.
+
+    Source: DeepSpeed 0.19, runtime/zero/parameter_offload.py; `register_external_parameter` of its public API.
     """
     if not hasattr(model, "ds_id"):
         return False

@@ -24,26 +24,27 @@ def whole(model: nn.Module) -> Iterator[None]:
     if not parts:
         yield
         return
-    with whole_parameters(parts):
-        yield
-
-
-def whole_parameters(parts: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
     import deepspeed
 
-    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parts)
-    return gathered
+    with deepspeed.zero.GatheredParameters(parts):
+        yield
 
 
 def frozen_experts(model: nn.Module) -> dict[str, Tensor]:
     """What adapters hold that nobody trains and ZeRO-3 has partitioned, whole, on the CPU; every process must call it.
 
     A Trainer leaves it out of what it saves of a PEFT model, because of a LoRA only the base is frozen.
+
+    Returns:
+        {full name: tensor of the parameter's shape and dtype}, empty without ZeRO-3.
     """
+    parts = {n: p for n, p in model.named_parameters() if ".molora_" in n and hasattr(p, "ds_id")}
     found = {}
-    for name, parameter in model.named_parameters():
-        if ".molora_" in name and hasattr(parameter, "ds_id") and not parameter.requires_grad:
-            with whole_parameters([parameter]):
+    for name, parameter in parts.items():
+        if not parameter.requires_grad:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
                 found[name] = parameter.detach().cpu().clone()
     return found
 
