@@ -11,7 +11,8 @@ from speed_tables import rows
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # In the order in which they were run.
-SCALE = ("scale_four_gpus", "scale_leaf_modules", "scale")
+_H200 = ("zero2", "zero3_lora", "zero3_leaf_modules", "zero3_mixlora", "zero3_dynmole")  # one machine, cell by cell
+SCALE = ("scale_four_gpus", *(f"scale_h200_{cell}" for cell in _H200), "scale")
 
 
 def read(name: str) -> dict[str, Any]:
