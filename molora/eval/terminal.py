@@ -141,7 +141,7 @@ def model_table(model: Any) -> Table:
     table.add_row("trainable parameters", f"{counts['trainable']:,}")
     if hasattr(config, "router"):
         active = active_parameters(model)
-        table.add_row("of them active for a token", "varies" if active is None else f"{active:,}")
+        table.add_row("active for a token", "varies" if active is None else f"{active:,}")
     table.add_row("base parameters", f"{counts['base']:,}")
     return table
 
