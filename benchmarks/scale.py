@@ -3,11 +3,12 @@
     python benchmarks/scale.py [--gpus 1 2 4] [--stages 2 3] [--layers 32] [--keep]
 
 Each cell (subject, ZeRO stage, number of GPUs) is a launch of its own through torch.distributed.run and Trainer: random
-bf16 weights, at stage 3 created in parts; random tokens; activation checkpointing; router losses on; dropout 0. Cells
-of fewer GPUs than there are run side by side on different GPUs. MFU counts what a step must compute, without the
-recomputation: 4 FLOPs for each frozen weight and token (forward, gradient of the input), 6 for each active adapter
-weight, and causal attention. Bars: step time over that of LoRA in the same stage and on as many GPUs, at most 1.10;
-tokens per second and GPU on 4 GPUs over those on one, at least 0.90. --tiny is a look at the code on a CPU.
+bf16 weights, at stage 3 created in parts; random tokens; activation checkpointing; router losses on; dropout 0; at
+stage 3 the sizes that `molora train` fits to a model, for LoRA too. Cells of fewer GPUs than there are run side by side
+on different GPUs. MFU counts what a step must compute, without the recomputation: 4 FLOPs for each frozen weight and
+token (forward, gradient of the input), 6 for each active adapter weight, and causal attention. Bars: step time over
+that of LoRA in the same stage and on as many GPUs, at most 1.10; tokens per second and GPU on 4 GPUs over those on one,
+at least 0.90. --tiny is a look at the code on a CPU.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def worker(options: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from molora import MoloraConfig
+    from molora.integrations.deepspeed import fit_stage3
 
     logging.set_verbosity_error()
     on_gpu = torch.cuda.is_available()
@@ -125,6 +127,7 @@ def worker(options: argparse.Namespace) -> None:
         with torch.device(args.device):
             base = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model: Any = get_peft_model(base, peft_config(options.subject))
+    fit_stage3(args.hf_deepspeed_config.config, model)
     made = time.perf_counter() - began
 
     def sizes(condition: Any) -> int:
@@ -165,6 +168,7 @@ def worker(options: argparse.Namespace) -> None:
         "subject": options.subject,
         "stage": options.stage,
         "gpus": world,
+        "rows": options.rows,
         "trainable": adapter,
         "median_ms": 1e3 * step,
         "p20_ms": 1e3 * cuts[1],
@@ -232,7 +236,7 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS)
     parser.add_argument("--zero", nargs="*", default=[], metavar="KEY=JSON", help="changes to zero_optimization")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=4, help="sequences on each GPU")
+    parser.add_argument("--rows", type=int, default=12, help="sequences on each GPU; 12 fill one of 80 GB")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--warmup", type=int, default=4, help="steps that are not timed")

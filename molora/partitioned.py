@@ -70,12 +70,12 @@ def _used_inside(block: nn.Module, kind: type[MoloraLayer]) -> Iterator[nn.Param
 
 def _unhook(module: nn.Module) -> bool:
     """Takes ZeRO's hooks off a module; whether there were any."""
-    before = sum(len(getattr(module, kind)) for kind in _HOOKS)
-    for kind in _HOOKS:
-        hooks = getattr(module, kind)
+    found = False
+    for hooks in [h for kind in _HOOKS if (h := getattr(module, kind))]:  # of most modules, before most forwards: none
         for number in [n for n, hook in hooks.items() if (hook.__module__ or "").startswith(_ENGINE)]:
             del hooks[number]
-    return before > sum(len(getattr(module, kind)) for kind in _HOOKS)
+            found = True
+    return found
 
 
 def is_hooked(module: nn.Module) -> bool:

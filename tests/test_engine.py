@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from gradients import mixture
 from test_cli import molora, write_recipe
 
+from molora.integrations.deepspeed import fit_stage3
 from molora.train import engine, global_batch
 from molora.train.engine import CONFIGS, check_engine, engine_arguments
 from molora.train.global_batch import check_global_batch, write_global_batch
@@ -29,6 +33,58 @@ def test_a_shipped_configuration_fits_every_recipe(name: str) -> None:
     assert "optimizer" not in config and "scheduler" not in config
     assert HfTrainerDeepSpeedConfig(config).is_zero3() == (name[4] == "3")
     unset_hf_deepspeed_config()
+
+
+SIZES = {"stage3_param_persistence_threshold": "auto", "stage3_prefetch_bucket_size": "auto"}
+
+
+def partitioned(model: torch.nn.Module) -> torch.nn.Module:
+    """As DeepSpeed leaves parameters: empty, their shape and size beside them."""
+    for parameter in model.parameters():
+        parameter.ds_shape, parameter.ds_numel = parameter.shape, parameter.numel()
+        parameter.data = torch.empty(0)
+    return model
+
+
+def test_at_stage_3_adapters_stay_whole_and_a_layer_is_fetched_ahead() -> None:
+    model = mixture("linear")
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    layer = model.get_base_model().model.layers[0]
+    for found in (model, partitioned(mixture("linear"))):
+        config: dict[str, Any] = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", **SIZES}}
+        fit_stage3(config, found)
+        zero = config["zero_optimization"]
+        whole = zero["stage3_param_persistence_threshold"]
+        assert whole == max(trained) and zero["reduce_bucket_size"] == "auto"
+        in_parts = [p.numel() for p in layer.parameters() if p.numel() > whole]
+        assert zero["stage3_prefetch_bucket_size"] == sum(in_parts) > 0
+
+
+def test_a_trained_embedding_keeps_no_base_whole() -> None:
+    model = mixture("ffn")
+    embedding = model.get_input_embeddings().weight.requires_grad_()
+    config: dict[str, Any] = {"zero_optimization": {"stage": 3, **SIZES}}
+    fit_stage3(config, model)
+    assert embedding.numel() == max(p.numel() for p in model.parameters())
+    assert config["zero_optimization"]["stage3_param_persistence_threshold"] == "auto"
+    layer = model.get_base_model().model.layers[0]
+    assert config["zero_optimization"]["stage3_prefetch_bucket_size"] == sum(p.numel() for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"stage": 3, **dict.fromkeys(SIZES, 7)},
+        {"stage": 3, "offload_param": {"device": "cpu"}, **SIZES},
+        {"stage": 2, **SIZES},
+        {},
+        2,
+    ],
+)
+def test_what_a_configuration_says_of_stage_3_stays(zero: Any) -> None:
+    config = {"zero_optimization": copy.deepcopy(zero)}
+    fit_stage3(config, mixture("linear"))
+    assert config == {"zero_optimization": zero}
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,47 @@ def whole(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def stage3_sizes(model: nn.Module) -> dict[str, int]:
+    """What stage 3 should leave whole and fetch ahead, for the words ``auto`` of a configuration.
+
+    - ``stage3_param_persistence_threshold``: the largest trained parameter or vector. Adapters are small, and to put
+      them together in every layer costs more time than their 16-bit copy memory; gradients and optimizer states are in
+      parts all the same. Left out where more frozen than trained weights would stay whole with them.
+    - ``stage3_prefetch_bucket_size``: what is in parts of the largest decoder layer, so that one comes while another
+      computes.
+
+    Returns:
+        Numbers of elements by key, for a model with adapters; parameters may be in parts already.
+    """
+    trained = [_numel(p) for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    vectors = [_numel(p) for p in frozen if len(getattr(p, "ds_shape", p.shape)) < 2]
+    whole = max([*trained, *vectors], default=0)
+    if sum(_numel(p) for p in frozen if _numel(p) <= whole) > sum(trained):
+        whole = 0
+    sizes = {"stage3_param_persistence_threshold": whole} if whole else {}
+    layers = [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
+    fetched = [sum(n for p in layer.parameters() if (n := _numel(p)) > whole) for layer in layers]
+    if any(fetched):
+        sizes["stage3_prefetch_bucket_size"] = max(fetched)
+    return sizes
+
+
+def fit_stage3(config: dict[str, Any], model: nn.Module) -> None:
+    """Writes `stage3_sizes` over ``auto`` in a DeepSpeed configuration, before a Trainer fills in what it knows.
+
+    A configuration of another stage stays as it is, and so does one that keeps parameters on the CPU.
+    """
+    zero = config.get("zero_optimization", {})
+    if isinstance(zero, dict) and zero.get("stage") == 3 and "offload_param" not in zero:
+        zero.update({key: size for key, size in stage3_sizes(model).items() if zero.get(key) == "auto"})
+
+
+def _numel(parameter: Any) -> int:
+    size: int = getattr(parameter, "ds_numel", None) or parameter.numel()
+    return size
+
+
 def frozen_experts(model: nn.Module) -> dict[str, Tensor]:
     """What adapters hold that nobody trains and ZeRO-3 has partitioned, whole, on the CPU; every process must call it.
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 
 from molora.eval.disk import writing
 from molora.integrations.accelerate import use_fsdp_without_gpu
-from molora.integrations.deepspeed import frozen_experts, load_gathered, save_gathered
+from molora.integrations.deepspeed import fit_stage3, frozen_experts, load_gathered, save_gathered
 from molora.train.durable import keep_newest, last_whole_checkpoint, publish, sync, sync_directory, write_checksums
 from molora.train.optimizer import loraplus_optimizer
 from molora.train.sampling import LengthGroupedSampler, row_lengths
@@ -83,6 +83,8 @@ class AtomicTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         checkpoint = resume_from_checkpoint
+        if self.is_deepspeed_enabled:
+            fit_stage3(self.args.hf_deepspeed_config.config, self.model)
         if checkpoint is None or not self._has_zero or ranks_of(checkpoint) == self.args.world_size:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
         else:

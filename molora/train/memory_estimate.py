@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from molora.integrations.deepspeed import fit_stage3
 from molora.quantization import weight_bytes
 from molora.train.step_peaks import END, at_length, stretch_peaks
 
@@ -64,7 +65,8 @@ def estimate_memory(trainer: Trainer, lines: int, length: int, packed: bool = Fa
     device = args.device
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     config = getattr(getattr(args, "hf_deepspeed_config", None), "config", {})
-    stage, processes = int(config.get("zero_optimization", {}).get("stage", 0)), args.world_size
+    zero, processes = config.get("zero_optimization", {}), args.world_size
+    stage = int(zero.get("stage", 0))
     # DeepSpeed casts what is trained to its 16-bit type and keeps an fp32 master among its states.
     halved = any(config.get(key, {}).get("enabled") is True for key in ("bf16", "fp16"))
     size = {name: p.numel() * (2 if halved else p.element_size()) for name, p in trained.items()}
@@ -80,8 +82,11 @@ def estimate_memory(trainer: Trainer, lines: int, length: int, packed: bool = Fa
 
     states = share(states, 1)
     if stage == 3:
+        fit_stage3(config, model)
+        threshold = zero.get("stage3_param_persistence_threshold", 0)
+        whole = sum(size[n] for n, p in trained.items() if threshold != "auto" and p.numel() <= threshold)
         return MemoryEstimate(
-            weights=weights // processes,
+            weights=(weights - whole) // processes + whole,
             optimizer_states=states,
             gradients=full // processes,
             activations=None,

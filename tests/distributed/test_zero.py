@@ -101,6 +101,8 @@ CELLS = (
         _cell(3, "trainer", "non-reentrant", 2, placement="linear") | {"as_on_gpu": True},
         _cell(3, "trainer", "none", 2, placement="ffn") | {"as_on_gpu": True},
         _cell(3, "trainer", "non-reentrant", 2, placement="ffn") | {"as_on_gpu": True},
+        _cell(3, "trainer", "non-reentrant", 4, placement="linear") | {"fitted": True},
+        _cell(3, "trainer", "none", 4, placement="block") | {"fitted": True},
     ]
     + [
         _cell(2, "trainer", "non-reentrant", 2, placement="block") | {"optimizer": "riemannian-loraplus"},
@@ -117,6 +119,7 @@ def _name(cell: dict[str, Any]) -> str:
     what += f"-{cell['optimizer']}" if "optimizer" in cell else ""
     what += "-saved" if "saved" in cell else ""
     what += "-as_on_gpu" if "as_on_gpu" in cell else ""
+    what += "-fitted" if "fitted" in cell else ""
     return f"{engine}-" + "{trainer}-{checkpointing}-acc{accumulation}-".format(**cell) + what + loaded
 
 

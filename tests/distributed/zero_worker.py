@@ -54,6 +54,8 @@ from molora.layers import MoloraLayer
 from molora.partitioned import is_hooked
 from molora.train.checkpoint import AtomicTrainer
 
+FITTED = ("stage3_param_persistence_threshold", "stage3_prefetch_bucket_size")
+
 
 def deepspeed_config(stage: int) -> dict[str, Any]:
     """fp32, every parameter partitioned at stage 3, the rest left to the trainer."""
@@ -70,11 +72,14 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
     }
 
 
-def engine_options(stage: int | str) -> dict[str, Any]:
-    """Training arguments of a stage of ZeRO, of DDP (0), or of FSDP2."""
+def engine_options(stage: int | str, fitted: bool = False) -> dict[str, Any]:
+    """Training arguments of a stage of ZeRO, of DDP (0), or of FSDP2; `fitted`: sizes are those that fit the model."""
     if stage == "fsdp":
         return {"fsdp": True}
-    return {"deepspeed": deepspeed_config(int(stage))} if stage else {}
+    config = deepspeed_config(int(stage))
+    if fitted:
+        config["zero_optimization"] |= dict.fromkeys(FITTED, "auto")
+    return {"deepspeed": config} if stage else {}
 
 
 class CaptureWhole(CaptureGradients):
@@ -205,7 +210,8 @@ def run_cell(cell: dict[str, Any], base_dir: str, world: int) -> float:
     batches = micro_batches(accumulation * world, cell["padding"])
     want = hand_written(mixture(placement, zero_B, pool), batches, token_weights(batches), pool)
     with tempfile.TemporaryDirectory() as folder:
-        options = training_options(accumulation, checkpointing, 2, folder) | engine_options(cell["stage"])
+        options = training_options(accumulation, checkpointing, 2, folder)
+        options |= engine_options(cell["stage"], cell.get("fitted", False))
         capture = capture_for(cell["stage"])
 
         def make_model() -> torch.nn.Module:
@@ -224,6 +230,9 @@ def run_cell(cell: dict[str, Any], base_dir: str, world: int) -> float:
     hooked = [m for m in trainer.model.modules() if isinstance(m, MoloraLayer) and is_hooked(m)]
     gathers = {m.molora_runtime.gathers for m in trainer.model.modules() if isinstance(m, MoloraLayer)}
     assert gathers == {cell["stage"] == 3} and not hooked, "blocks gather under ZeRO-3, and nowhere else"
+    if cell["stage"] == 3:
+        whole = {p.ds_persist for p in trainer.model.parameters() if p.requires_grad}
+        assert whole == {cell.get("fitted", False)} and not all(p.ds_persist for p in trainer.model.parameters())
     return max(relative_error(got, want) for got in capture.steps)
 
 
