@@ -10,9 +10,8 @@ from typing import Any
 from speed_tables import rows
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# In the order in which they were run.
 _H200 = ("zero2", "zero3_lora", "zero3_leaf_modules", "zero3_mixlora", "zero3_dynmole")  # one machine, cell by cell
-SCALE = ("scale_four_gpus", *(f"scale_h200_{cell}" for cell in _H200), "scale")
+SCALE = ("scale_four_gpus", "scale", *(f"scale_h200_{cell}" for cell in _H200))
 
 
 def read(name: str) -> dict[str, Any]:
@@ -25,16 +24,16 @@ def _run(run: dict[str, Any]) -> str:
 
 
 def scale() -> str:
-    """Every cell, with the commit of its run: the same cell of two commits stands twice."""
+    """Every cell, with the commit of its run."""
     body = []
     for run in map(read, SCALE):
         for row in sorted(run["rows"], key=lambda row: (row["stage"], row["gpus"])):
             step = f"{row['median_ms']:.0f} ({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
             speed = [f"{row['tokens_per_second_per_gpu']:.0f}", f"{row['mfu']:.1%}"]
             leaf = ", leaf modules" if any(word.startswith("leaf_module=") for word in run["command"]) else ""
-            cells = [row["subject"] + leaf, f"ZeRO-{row['stage']}", str(row["gpus"]), step, *speed]
+            cells = [row["subject"] + leaf, f"ZeRO-{row['stage']}", str(row["gpus"]), str(row["rows"]), step, *speed]
             body.append([*cells, f"{row['peak_bytes'] / 2**30:.1f}", _run(run)])
-    head = ["", "engine", "GPUs", "step, ms (20 to 80 %)", "tokens/s a GPU", "MFU", "peak GiB", "run"]
+    head = ["", "engine", "GPUs", "rows a GPU", "step, ms (20 to 80 %)", "tokens/s a GPU", "MFU", "peak GiB", "run"]
     return rows(head, *body)
 
 
@@ -43,8 +42,9 @@ def scale_bars() -> str:
     for run in map(read, SCALE):
         for bar in run["bars"]:
             state = "yes" if bar["holds"] else "**no**"
-            body.append([bar["name"], f"{bar['value']:.3f}", f"{bar['limit']:.2f}", state, _run(run)])
-    return rows(["", "measured", "limit", "holds", "run"], *body)
+            lines = str(run["rows"][0]["rows"])
+            body.append([bar["name"], lines, f"{bar['value']:.3f}", f"{bar['limit']:.2f}", state, _run(run)])
+    return rows(["", "rows a GPU", "measured", "limit", "holds", "run"], *body)
 
 
 def quantized() -> str:
