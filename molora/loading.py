@@ -108,8 +108,7 @@ def verify_loaded(model: nn.Module, runtime: Runtime) -> None:
 
 def base_fingerprint(model: nn.Module) -> dict[str, Any]:
     """What tells one base from another: its sizes, and a few numbers of its input embedding (empty where those are not
-    at
-    hand: sharded, offloaded)."""
+    at hand: sharded by FSDP, offloaded, of ZeRO-3 in any process but the first, which has the first rows)."""
     config = getattr(model, "config", None)
     config = config if isinstance(config, dict) else getattr(config, "to_dict", dict)()
     keys = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer")
@@ -125,15 +124,24 @@ def _embedding_sample(model: nn.Module) -> list[float]:
     if isinstance(module, AuxiliaryTrainingWrapper):
         module = module.original_module
     module = getattr(module, "base_layer", module)
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.is_meta or hasattr(weight, "ds_id"):
+    weight: Any = getattr(module, "weight", None)
+    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
         return []
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+    shape = getattr(weight, "ds_shape", weight.shape)
+    if len(shape) != 2:
         return []
-    rows, columns = min(weight.shape[0], 64), weight.shape[1]
-    picks = [(i * 7 % rows, i * 13 % columns) for i in range(_SAMPLES)]
-    values = weight.detach()[[r for r, _ in picks], [c for _, c in picks]].float().cpu()
+    rows, columns = min(shape[0], 64), shape[1]
+    flat = _first_part(weight) if hasattr(weight, "ds_id") else weight.detach().reshape(-1)
+    if flat.numel() < rows * columns:
+        return []
+    values = flat[[i * 7 % rows * columns + i * 13 % columns for i in range(_SAMPLES)]].float().cpu()
     return [round(v, 6) for v in values.tolist()]
+
+
+def _first_part(weight: Any) -> Tensor:
+    """Of a parameter that ZeRO-3 has partitioned, what the first process holds: its first elements."""
+    part: Tensor = weight.ds_tensor.detach()
+    return part if torch.distributed.get_rank() == 0 else part[:0]
 
 
 def check_base(model: nn.Module, config: PeftConfig) -> None:

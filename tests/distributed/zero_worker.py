@@ -51,6 +51,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from molora.kernels import selection
 from molora.layers import MoloraLayer
+from molora.loading import base_fingerprint
 from molora.partitioned import is_hooked
 from molora.train.checkpoint import AtomicTrainer
 
@@ -270,9 +271,14 @@ def run_optimizer(cell: dict[str, Any], world: int) -> float:
 def run_saved(cell: dict[str, Any]) -> float:
     """Trains one step and saves: how far the frozen tensors of the adapter's file are from those it began with."""
 
+    def base() -> LlamaForCausalLM:
+        shape = tiny_llama().config
+        shape.vocab_size = 160  # the first of two processes has 64 rows and more
+        return LlamaForCausalLM(shape)
+
     def make_model() -> torch.nn.Module:
         torch.manual_seed(0)
-        return get_peft_model(tiny_llama(), config("linear", freeze_experts=True, init_lora_weights=False))
+        return get_peft_model(base(), config("linear", freeze_experts=True, init_lora_weights=False))
 
     want = get_peft_model_state_dict(make_model())
     with tempfile.TemporaryDirectory() as folder:
@@ -282,6 +288,9 @@ def run_saved(cell: dict[str, Any]) -> float:
         trainer.save_model(folder)
         torch.distributed.barrier()
         saved = load_file(Path(folder) / "adapter_model.safetensors") if trainer.args.should_save else want
+        written = json.loads((Path(folder) / "adapter_config.json").read_text())["base_fingerprint"]
+        assert len(written["embedding"]) == 16
+        assert written == base_fingerprint(base()), "the base is told from others by its embedding"
     assert saved.keys() == want.keys(), f"{sorted(saved.keys() ^ want.keys())[:3]} of {len(want)}"
     frozen = {n: v for n, v in want.items() if "molora_A" in n or "molora_B" in n}
     assert frozen and len(frozen) < len(want)
