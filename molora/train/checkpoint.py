@@ -78,13 +78,15 @@ class AtomicTrainer(Trainer):
     @property
     def _has_zero(self) -> bool:
         """Whether DeepSpeed spreads the optimizer over processes; at stage 0 it does not."""
-        config = getattr(getattr(self.args, "hf_deepspeed_config", None), "config", {})
-        return bool(self.is_deepspeed_enabled and config.get("zero_optimization", {}).get("stage", 0))
+        return bool(self.is_deepspeed_enabled and self._deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def _deepspeed_config(self) -> dict[str, Any]:
+        return getattr(getattr(self.args, "hf_deepspeed_config", None), "config", {})
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         checkpoint = resume_from_checkpoint
-        if self.is_deepspeed_enabled:
-            fit_stage3(self.args.hf_deepspeed_config.config, self.model)
+        fit_stage3(self._deepspeed_config, self.model)
         if checkpoint is None or not self._has_zero or ranks_of(checkpoint) == self.args.world_size:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
         else:
