@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,27 @@ def test_an_optimizer_that_cannot_be_tried_is_not_known(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, config())
     trainer.get_optimizer_cls_and_kwargs = lambda *_: (object, {})  # type: ignore[method-assign]
     assert estimate_memory(trainer, LINES, LENGTH).optimizer_states is None
+
+
+@pytest.mark.parametrize("threshold", ["auto", 0])
+def test_at_stage_3_a_process_holds_its_part_of_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threshold: Any
+) -> None:
+    trainer = trainer_of(tmp_path, config("linear"))
+    base = [p for p in trainer.model.parameters() if not p.requires_grad]
+    trained = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
+    buffers = sum(b.nbytes for b in trainer.model.buffers())
+    for parameter in base:
+        parameter.ds_shape, parameter.ds_numel = parameter.shape, parameter.numel()
+        parameter.ds_tensor = parameter.data.flatten()[: -(-parameter.numel() // 2)]
+        parameter.data = torch.empty(0)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": threshold}
+    trainer.args.hf_deepspeed_config = SimpleNamespace(config={"zero_optimization": zero})
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    estimate = estimate_memory(trainer, LINES, LENGTH)
+    whole = trained if threshold == "auto" else trained // 2  # the adapters
+    assert abs(estimate.weights - sum(p.ds_tensor.nbytes for p in base) - whole) <= buffers
+    assert (estimate.optimizer_states, estimate.gradients, estimate.activations) == (trained, trained // 2, None)
 
 
 def test_stretches_and_their_extrapolation() -> None:

@@ -85,8 +85,9 @@ def estimate_memory(trainer: Trainer, lines: int, length: int, packed: bool = Fa
         fit_stage3(config, model)
         threshold = zero.get("stage3_param_persistence_threshold", 0)
         whole = sum(size[n] for n, p in trained.items() if threshold != "auto" and p.numel() <= threshold)
+        parts = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]  # a base that was loaded so
         return MemoryEstimate(
-            weights=(weights - whole) // processes + whole,
+            weights=sum(part.nbytes for part in parts) + (weights - whole) // processes + whole,
             optimizer_states=states,
             gradients=full // processes,
             activations=None,
