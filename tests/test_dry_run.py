@@ -86,7 +86,7 @@ def test_an_optimizer_that_cannot_be_tried_is_not_known(tmp_path: Path) -> None:
     assert estimate_memory(trainer, LINES, LENGTH).optimizer_states is None
 
 
-@pytest.mark.parametrize("threshold", ["auto", 0])
+@pytest.mark.parametrize("threshold", ["auto", "0"])
 def test_at_stage_3_a_process_holds_its_part_of_the_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threshold: Any
 ) -> None:

@@ -83,8 +83,8 @@ def estimate_memory(trainer: Trainer, lines: int, length: int, packed: bool = Fa
     states = share(states, 1)
     if stage == 3:
         fit_stage3(config, model)
-        threshold = zero.get("stage3_param_persistence_threshold", 0)
-        whole = sum(size[n] for n, p in trained.items() if threshold != "auto" and p.numel() <= threshold)
+        threshold = zero.get("stage3_param_persistence_threshold", 1e5)  # DeepSpeed's own, if left out
+        whole = sum(size[n] for n, p in trained.items() if threshold != "auto" and p.numel() <= float(threshold))
         parts = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]  # a base that was loaded so
         return MemoryEstimate(
             weights=sum(part.nbytes for part in parts) + (weights - whole) // processes + whole,
