@@ -122,7 +122,9 @@ def test_paths_of_clients_make_no_labels(client: httpx.Client) -> None:
 
 
 def test_what_fails_inside_is_told_in_the_same_form(client: httpx.Client) -> None:
-    is_refusal(client.get("v1/fails"), 500, None)
+    answer = client.get("v1/fails")
+    is_refusal(answer, 500, None)
+    assert answer.headers["connection"] == "close"
     assert counted(client, "/v1/fails", 500) == 1
 
 

@@ -61,4 +61,5 @@ class Gate:
 def refusal(error: ApiError) -> JSONResponse:
     """An error as a response in OpenAI's form."""
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
+    headers[500] = {"Connection": "close"}  # uvicorn closes it behind an exception; who is not told may use it again
     return JSONResponse(error.body, error.status, headers=headers.get(error.status))
