@@ -102,7 +102,7 @@ def test_at_stage_3_a_process_holds_its_part_of_the_base(
     trainer.args.hf_deepspeed_config = SimpleNamespace(config={"zero_optimization": zero})
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     estimate = estimate_memory(trainer, LINES, LENGTH)
-    whole = trained if threshold == "auto" else trained // 2  # the adapters
+    whole = trained // 2 + (trained if threshold == "auto" else 0)  # the adapters, beside their parts
     assert abs(estimate.weights - sum(p.ds_tensor.nbytes for p in base) - whole) <= buffers
     assert (estimate.optimizer_states, estimate.gradients, estimate.activations) == (trained, trained // 2, None)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gradients import mixture
+from gradients import mixture, tiny_llama
 from test_cli import molora, write_recipe
 
 from molora.integrations.deepspeed import fit_stage3
@@ -58,6 +58,12 @@ def test_at_stage_3_adapters_stay_whole_and_a_layer_is_fetched_ahead() -> None:
         assert whole == max(trained) and zero["reduce_bucket_size"] == "auto"
         in_parts = [p.numel() for p in layer.parameters() if p.numel() > whole]
         assert zero["stage3_prefetch_bucket_size"] == sum(in_parts) > 0
+
+
+def test_a_model_without_frozen_weights_is_not_kept_whole() -> None:
+    config: dict[str, Any] = {"zero_optimization": {"stage": 3, **SIZES}}
+    fit_stage3(config, tiny_llama())
+    assert config["zero_optimization"] == {"stage": 3, **SIZES}
 
 
 def test_a_trained_embedding_keeps_no_base_whole() -> None:

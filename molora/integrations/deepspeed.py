@@ -40,10 +40,12 @@ def stage3_sizes(model: nn.Module) -> dict[str, int]:
       computes.
 
     Returns:
-        Numbers of elements by key, for a model with adapters; parameters may be in parts already.
+        Numbers of elements by key, none for a model without frozen weights; parameters may be in parts already.
     """
     trained = [_numel(p) for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
+    if not frozen:
+        return {}
     vectors = [_numel(p) for p in frozen if len(getattr(p, "ds_shape", p.shape)) < 2]
     whole = max([*trained, *vectors], default=0)
     if sum(_numel(p) for p in frozen if _numel(p) <= whole) > sum(trained):

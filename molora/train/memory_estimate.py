@@ -87,7 +87,7 @@ def estimate_memory(trainer: Trainer, lines: int, length: int, packed: bool = Fa
         whole = sum(size[n] for n, p in trained.items() if threshold != "auto" and p.numel() <= float(threshold))
         parts = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]  # a base that was loaded so
         return MemoryEstimate(
-            weights=sum(part.nbytes for part in parts) + (weights - whole) // processes + whole,
+            weights=sum(part.nbytes for part in parts) + weights // processes + whole,
             optimizer_states=states,
             gradients=full // processes,
             activations=None,
