@@ -61,7 +61,14 @@ def stage3_sizes(model: nn.Module) -> dict[str, int]:
 def fit_stage3(config: dict[str, Any], model: nn.Module) -> None:
     """Writes `stage3_sizes` over ``auto`` in a DeepSpeed configuration, before a Trainer fills in what it knows.
 
-    A configuration of another stage stays as it is, and so does one that keeps parameters on the CPU.
+    A configuration of another stage stays as it is, and so does one that keeps parameters on the CPU. Raises nothing.
+
+    Args:
+        config: of DeepSpeed, changed in place; of TrainingArguments it is ``args.hf_deepspeed_config.config``.
+        model: with its adapters, as the Trainer gets it.
+
+    Source: both keys and their defaults, DeepSpeed 0.19, runtime/zero/config.py; ``auto``, Transformers'
+    integrations/deepspeed.py.
     """
     zero = config.get("zero_optimization", {})
     if isinstance(zero, dict) and zero.get("stage") == 3 and "offload_param" not in zero:

@@ -15,6 +15,7 @@ from molora.eval.disk import writing
 from molora.integrations.accelerate import use_fsdp_without_gpu
 from molora.integrations.deepspeed import fit_stage3, frozen_experts, load_gathered, save_gathered
 from molora.train.durable import keep_newest, last_whole_checkpoint, publish, sync, sync_directory, write_checksums
+from molora.train.engine import deepspeed_config
 from molora.train.optimizer import loraplus_optimizer
 from molora.train.sampling import LengthGroupedSampler, row_lengths
 from molora.train.task_loss import TaskLosses
@@ -78,15 +79,12 @@ class AtomicTrainer(Trainer):
     @property
     def _has_zero(self) -> bool:
         """Whether DeepSpeed spreads the optimizer over processes; at stage 0 it does not."""
-        return bool(self.is_deepspeed_enabled and self._deepspeed_config.get("zero_optimization", {}).get("stage", 0))
-
-    @property
-    def _deepspeed_config(self) -> dict[str, Any]:
-        return getattr(getattr(self.args, "hf_deepspeed_config", None), "config", {})
+        zero = deepspeed_config(self.args).get("zero_optimization", {})
+        return bool(self.is_deepspeed_enabled and zero.get("stage", 0))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         checkpoint = resume_from_checkpoint
-        fit_stage3(self._deepspeed_config, self.model)
+        fit_stage3(deepspeed_config(self.args), self.model)
         if checkpoint is None or not self._has_zero or ranks_of(checkpoint) == self.args.world_size:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
         else:

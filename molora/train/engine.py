@@ -99,6 +99,12 @@ def engine_arguments(training: dict[str, Any]) -> dict[str, Any]:
     return {"deepspeed": str(deepspeed_path(deepspeed))} if isinstance(deepspeed, str) else {}
 
 
+def deepspeed_config(args: Any) -> dict[str, Any]:
+    """DeepSpeed's configuration of these TrainingArguments, itself, to read and to fill in; empty without one."""
+    config: dict[str, Any] = getattr(getattr(args, "hf_deepspeed_config", None), "config", {})
+    return config
+
+
 def is_zero3(args: Any) -> bool:
     """Whether these TrainingArguments make `from_pretrained` load a base in parts."""
     config = getattr(args, "hf_deepspeed_config", None)

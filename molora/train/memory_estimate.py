@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from molora.integrations.deepspeed import fit_stage3
 from molora.quantization import weight_bytes
+from molora.train.engine import deepspeed_config
 from molora.train.step_peaks import END, at_length, stretch_peaks
 
 PROBED = {"cuda": 2048, "cpu": 256}
@@ -64,7 +65,7 @@ def estimate_memory(trainer: Trainer, lines: int, length: int, packed: bool = Fa
     args, model = trainer.args, trainer.model
     device = args.device
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    config = getattr(getattr(args, "hf_deepspeed_config", None), "config", {})
+    config = deepspeed_config(args)
     zero, processes = config.get("zero_optimization", {}), args.world_size
     stage = int(zero.get("stage", 0))
     # DeepSpeed casts what is trained to its 16-bit type and keeps an fp32 master among its states.

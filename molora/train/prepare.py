@@ -18,7 +18,7 @@ from molora.eval.score import context_length
 from molora.eval.suite import check_suite
 from molora.init_experts import initialize_eva_weights
 from molora.integrations.deepspeed import whole
-from molora.train.engine import engine_arguments, partitions
+from molora.train.engine import deepspeed_config, engine_arguments, partitions
 from molora.train.flops import peak_flops
 from molora.train.mixing import TaskReport, mixed_dataset
 from molora.train.packable import check_packable
@@ -202,8 +202,7 @@ def check_optimizer(recipe: Recipe, args: Any) -> None:
     Raises:
         ValueError: DeepSpeed's config makes one of its own.
     """
-    deepspeed = getattr(getattr(args, "hf_deepspeed_config", None), "config", {})
-    if recipe.optimizer.loraplus_lr_ratio is not None and "optimizer" in deepspeed:
+    if recipe.optimizer.loraplus_lr_ratio is not None and "optimizer" in deepspeed_config(args):
         raise ValueError(
             "optimizer.loraplus_lr_ratio makes the optimizer, and so does the section optimizer of "
             "recipe.training.deepspeed; remove one of them"
